@@ -1,0 +1,1 @@
+"""Sparse attention: patterns, layouts, engines and the modules that use them."""

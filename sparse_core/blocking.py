@@ -1,0 +1,135 @@
+"""Cutting one side of a layout, queries or keys, into blocks."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sparse_core.patterns.terms import Boxes, Tokens
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """R blocks of at most `size` tokens: block r holds positions `start[r] + stride * i`.
+
+    Here `i` runs from 0 to `count[r] - 1`. A position is a token's place in the packed sequence,
+    or, if `order` is not empty, a place in that table of tokens. Blocks never share a token.
+    """
+
+    start: Int[Tensor, "R"]
+    count: Int[Tensor, "R"]
+    order: Int[Tensor, "N"]
+    stride: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.start.shape[0]
+
+    def tokens(self) -> tuple[Int[Tensor, "R M"], Bool[Tensor, "R M"]]:
+        """List the tokens of all blocks, and which entries exist (others repeat the first)."""
+        inner = torch.arange(self.size, device=self.start.device)
+        exists = inner < self.count[:, None]
+        position = self.start[:, None].long() + torch.where(exists, inner * self.stride, 0)
+        return (self.order[position].long() if self.order.numel() else position), exists
+
+    def indexed(self) -> "Blocks":
+        """Write the same blocks with an explicit table of tokens."""
+        if self.order.numel() or not len(self):
+            return self
+        tokens, exists = self.tokens()
+        start = (self.count.cumsum(0) - self.count).to(torch.int32)
+        return Blocks(start, self.count, tokens[exists].to(torch.int32), 1, self.size)
+
+
+def sequence_tokens(
+    coords: Int[Tensor, "T P"] | Int[Tensor, "T"] | int,
+    segments: Int[Tensor, "S"] | list[int] | tuple[int, ...] | None,
+    device: torch.device | str | None = None,
+) -> tuple[Tokens, Int[Tensor, "T"]]:
+    """Describe the tokens of packed sequences, and say which sequence each belongs to.
+
+    `coords` may be a number of tokens: their coordinates then count from 0 in each sequence.
+    Raises ValueError for coordinates that are no integers or beyond 2**30, and for lengths that
+    do not add up.
+    """
+    if isinstance(coords, Tensor):
+        if coords.is_floating_point() or coords.dtype == torch.bool:
+            raise ValueError(f"coordinates are integers; got {coords.dtype}")
+        coords = coords[:, None] if coords.ndim == 1 else coords
+        if coords.ndim != 2:
+            raise ValueError(f"coords has shape [T, P]; got {tuple(coords.shape)}")
+        if coords.numel() and int(coords.abs().max()) >= 2**30:
+            raise ValueError("coordinates lie between -2**30 and 2**30")
+        num_tokens, device = coords.shape[0], coords.device
+    else:
+        num_tokens = coords
+    lengths = torch.as_tensor([num_tokens] if segments is None else segments).to(device).long()
+    if lengths.ndim != 1 or int(lengths.sum()) != num_tokens or bool((lengths < 0).any()):
+        raise ValueError(
+            f"segments are lengths that add up to {num_tokens} tokens; got {lengths.tolist()[:20]}"
+        )
+    sequence = torch.arange(lengths.numel(), device=lengths.device)
+    segment = sequence.repeat_interleave(lengths, output_size=num_tokens)
+    first = lengths.cumsum(0) - lengths
+    index = (torch.arange(num_tokens, device=lengths.device) - first[segment]).to(torch.int32)
+    located = coords.to(torch.int32) if isinstance(coords, Tensor) else index[:, None]
+    return Tokens(located, index, lengths[segment].to(torch.int32)), segment
+
+
+def cut(
+    group: Int[Tensor, "T"],
+    *,
+    size: int,
+    members: Bool[Tensor, "T"] | None = None,
+    in_order: bool = True,
+) -> tuple[Blocks, Int[Tensor, "R"]]:
+    """Cut the tokens of each group into blocks of `size`; also give each block's group.
+
+    Tokens keep their order within a group. `in_order` says that groups are runs already, so that
+    no sorting is needed; `members` leaves out the other tokens.
+    """
+    order = torch.arange(group.numel(), device=group.device)
+    if members is not None:
+        order = order[members]
+    if not in_order:
+        order = order[torch.sort(group[order], stable=True).indices]
+    values, lengths = torch.unique_consecutive(group[order], return_counts=True)
+    num_blocks = (lengths + size - 1) // size
+    run = torch.arange(values.numel(), device=group.device).repeat_interleave(num_blocks)
+    inner = torch.arange(run.numel(), device=group.device)
+    inner = (inner - (num_blocks.cumsum(0) - num_blocks)[run]) * size
+    start = (lengths.cumsum(0) - lengths)[run] + inner
+    count = (lengths[run] - inner).clamp(max=size)
+    return _affine(start, count, order, size), values[run]
+
+
+def boxes_of(blocks: Blocks, tokens: Tokens, group: Int[Tensor, "R"]) -> Boxes:
+    """Bound each block's coordinates, its indices and lengths."""
+    members, _ = blocks.tokens()
+    coords, index, length = tokens.coords[members], tokens.index[members], tokens.length[members]
+    if not len(blocks):
+        empty, none = coords.new_zeros(0, coords.shape[-1]), index.new_zeros(0)
+        return Boxes(empty, empty, none, none, none, none, group, group)
+    return Boxes(
+        coords.amin(1), coords.amax(1), index.amin(1), index.amax(1),
+        length.amin(1), length.amax(1), group, group,
+    )  # fmt: skip
+
+
+def _affine(
+    start: Int[Tensor, "R"], count: Int[Tensor, "R"], order: Int[Tensor, "N"], size: int
+) -> Blocks:
+    """Drop the table of tokens where every block is an arithmetic progression."""
+    count32 = count.to(torch.int32)
+    if not order.numel():
+        return Blocks(start.to(torch.int32), count32, order.to(torch.int32), 1, size)
+    step = order.diff()
+    inside = torch.ones_like(step, dtype=torch.bool)
+    inside[start[1:] - 1] = False
+    steps = step[inside]
+    stride = int(steps[0]) if steps.numel() else 1
+    if bool((steps == stride).all()):
+        empty = order.new_empty(0, dtype=torch.int32)
+        return Blocks(order[start].to(torch.int32), count32, empty, stride, size)
+    return Blocks(start.to(torch.int32), count32, order.to(torch.int32), 1, size)

@@ -1,0 +1,332 @@
+"""From a pattern and coordinates to a BlockLayout."""
+
+from dataclasses import dataclass, field
+from math import gcd
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sparse_core.blocking import Blocks, boxes_of, cut, sequence_tokens
+from sparse_core.layout import BlockLayout, Lists, Part
+from sparse_core.masking import clauses_keep, encode, member_flags, pack_bits
+from sparse_core.pairing import Pairs, covers, listed_pairs, may_touch, touching_pairs
+from sparse_core.patterns.base import Pattern
+from sparse_core.patterns.listed import Listed
+from sparse_core.patterns.terms import (
+    UNBOUNDED,
+    Boxes,
+    Clause,
+    Congruent,
+    Interval,
+    KeyIn,
+    Members,
+    QueryIn,
+    Term,
+    Tokens,
+    simplify,
+)
+
+MIN_BLOCK = 16
+MAX_PAIRS = 2**21
+"""Above so many pairs of blocks, blocks grow instead."""
+TILE_PAIRS = 2**24
+"""Token pairs whose bits are drawn at a time."""
+
+
+def build_layout(
+    pattern: Pattern,
+    query_coords: Int[Tensor, "Tq P"] | Int[Tensor, "Tq"] | int,
+    key_coords: Int[Tensor, "Tk P"] | Int[Tensor, "Tk"] | int | None = None,
+    *,
+    segments: Int[Tensor, "S"] | list[int] | None = None,
+    key_segments: Int[Tensor, "S"] | list[int] | None = None,
+    block_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> BlockLayout:
+    """Find the blocks that a pattern touches, and which of their pairs it keeps.
+
+    `query_coords` are integer coordinates, or a number of tokens whose coordinates count from 0 in
+    each sequence. Without `key_coords` queries and keys are the same tokens. `segments` are the
+    lengths of packed sequences, which never see each other; `key_segments` those of the keys.
+    `block_size` is chosen from the pattern if not given: 128 in one dimension, 64 in more, fewer
+    for short sequences, more where lists would outgrow 2**21 entries.
+
+    Cost is proportional to tokens plus stored blocks; memory likewise. Tokens that are near in
+    coordinates should be near in order (a Hilbert curve on tissue), or many blocks are touched.
+
+    Raises ValueError for coordinates that are not integers, lengths that do not add up, or a
+    pattern that does not fit the number of axes.
+    """
+    query, query_segment = sequence_tokens(query_coords, segments, device)
+    key, key_segment = query, query_segment
+    lengths = key_lengths = _lengths(segments, query)
+    if key_coords is not None:
+        given = segments if key_segments is None else key_segments
+        key, key_segment = sequence_tokens(key_coords, given, query.coords.device)
+        key_lengths = _lengths(given, key)
+    if key.coords.shape[-1] != query.coords.shape[-1] or len(key_lengths) != len(lengths):
+        raise ValueError("queries and keys need the same axes and the same number of sequences")
+    clauses = _clauses(pattern, query.coords.shape[-1])
+    named = (t for clause in clauses for t in clause if isinstance(t, QueryIn | KeyIn))
+    members = list(dict.fromkeys(term.members for term in named))
+    size = block_size or _choose_block_size(clauses, query, key)
+    layout_parts = []
+    earlier: list[Clause] = []
+    for plan in _plan_parts(clauses):
+        sides = _Sides(query, query_segment, key, key_segment, len(lengths))
+        layout_parts.append(_build_part(plan, earlier, sides, members, size))
+        earlier += plan.clauses
+    return BlockLayout(
+        parts=tuple(part for part in layout_parts if part is not None),
+        query_coords=query.coords,
+        key_coords=key.coords,
+        query_flags=member_flags(query.index, members),
+        key_flags=member_flags(key.index, members),
+        lengths=lengths,
+        key_lengths=key_lengths,
+        group_of=torch.empty(0, 0, dtype=torch.int32, device=query.coords.device),
+        pattern=repr(pattern),
+    )
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Both sides' tokens, and the sequence of each."""
+
+    query: Tokens
+    query_segment: Int[Tensor, "Tq"]
+    key: Tokens
+    key_segment: Int[Tensor, "Tk"]
+    num_segments: int
+
+
+@dataclass
+class _Plan:
+    """Clauses that share a blocking: the tokens it selects, and the classes it sorts them by."""
+
+    query_members: Members | None = None
+    key_members: Members | None = None
+    classes: tuple[Congruent, ...] = ()
+    listed: list[Listed] = field(default_factory=list)
+    clauses: list[Clause] = field(default_factory=list)
+
+    def residual(self) -> list[Clause]:
+        """Clauses without the terms that the blocking already guarantees."""
+        owned: set[Term] = {*self.classes, *self.listed}
+        if self.query_members:
+            owned.add(QueryIn(self.query_members))
+        if self.key_members:
+            owned.add(KeyIn(self.key_members))
+        return list(dict.fromkeys(tuple(t for t in c if t not in owned) for c in self.clauses))
+
+
+def _lengths(segments: Tensor | list[int] | None, tokens: Tokens) -> Int[Tensor, "S"]:
+    given = [tokens.index.shape[0]] if segments is None else segments
+    return torch.as_tensor(given).to(tokens.index.device, torch.int64)
+
+
+def _clauses(pattern: Pattern, dims: int) -> list[Clause]:
+    simplified = (simplify(clause) for clause in pattern.terms(dims))
+    clauses = list(dict.fromkeys(c for c in simplified if c is not None))
+    return [()] if () in clauses else clauses
+
+
+def _plan_parts(clauses: list[Clause]) -> list[_Plan]:
+    """Group clauses by blocking: global tokens, residue classes, plain blocks, lists.
+
+    A later part leaves out what an earlier one keeps. Global tokens come first because leaving them
+    out of the rest is one bit for each token; lists last because no term could leave them out.
+    """
+    plans: dict[tuple[int, object], _Plan] = {}
+    for clause in clauses:
+        listed = [t for t in clause if isinstance(t, Listed)]
+        keys = [t.members for t in clause if isinstance(t, KeyIn)]
+        queries = [t.members for t in clause if isinstance(t, QueryIn)]
+        classes = tuple(t for t in clause if isinstance(t, Congruent))
+        if len(listed) == 1:
+            others = frozenset(t for t in clause if t not in listed)
+            plan = plans.setdefault((4, others), _Plan())
+            plan.listed += listed
+        elif keys or queries:
+            chosen = queries[0] if queries else None, keys[0] if keys else None
+            plan = plans.setdefault((0 if keys else 1, chosen), _Plan(*chosen))
+        elif classes:
+            plan = plans.setdefault((2, classes), _Plan(classes=classes))
+        else:
+            plan = plans.setdefault((3, None), _Plan())
+        plan.clauses.append(clause)
+    return [plans[key] for key in sorted(plans, key=lambda key: key[0])]
+
+
+def _choose_block_size(clauses: list[Clause], query: Tokens, key: Tokens) -> int:
+    dims = query.coords.shape[-1]
+    longest = max(_largest(query.length), _largest(key.length))
+    size = 128 if dims == 1 else 64
+    size = max(MIN_BLOCK, min(size, _power_of_two(longest)))
+    if dims > 1:
+        return size
+    reach = max((_reach(clause) for clause in clauses if not _is_narrow(clause)), default=0)
+    keys_seen = min(longest, reach)
+    while (query.index.shape[0] // size) * (keys_seen // size) > MAX_PAIRS:
+        size *= 2
+    return size
+
+
+def _is_narrow(clause: Clause) -> bool:
+    return any(isinstance(t, QueryIn | KeyIn | Listed | Congruent) for t in clause)
+
+
+def _reach(clause: Clause) -> int:
+    intervals = [t for t in clause if isinstance(t, Interval)]
+    return min((t.high - t.low for t in intervals), default=UNBOUNDED)
+
+
+def _largest(values: Tensor) -> int:
+    return int(values.max()) if values.numel() else 0
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _build_part(
+    plan: _Plan, earlier: list[Clause], sides: _Sides, members: list[Members], size: int
+) -> Part | None:
+    own = plan.residual()
+    if plan.listed:
+        size = _common_grain(plan.listed, size)
+    queries, query_group = _cut_side(
+        sides.query, sides.query_segment, plan.query_members, plan.classes, size
+    )
+    keys, key_group = _cut_side(sides.key, sides.key_segment, plan.key_members, plan.classes, size)
+    query_boxes = boxes_of(queries, sides.query, query_group)
+    key_boxes = boxes_of(keys, sides.key, key_group)
+    if plan.listed:
+        row, column = listed_pairs(
+            plan.listed, query_boxes, key_boxes, size=size, num_segments=sides.num_segments
+        )
+    else:
+        row, column = touching_pairs(own, query_boxes, key_boxes)
+    row, column, full = _classify(own, earlier, (row, column), query_boxes, key_boxes)
+    full &= (queries.count[row] == queries.size) & (keys.count[column] == keys.size)
+    program = encode(own, earlier, members)
+    tiles = torch.empty(0, 0, 0, dtype=torch.uint8, device=row.device)
+    tile = torch.empty(0, dtype=torch.int32, device=row.device)
+    if program is None:
+        drawn = _draw_tiles(own, earlier, sides, (queries, keys), (row, column, full))
+        row, column, full, tile, tiles = drawn
+    rows, order = _compress(row, column, full, len(queries), is_sorted=True)
+    columns, column_order = _compress(column, row, full, len(keys), is_sorted=False)
+    if tile.numel():
+        rows = Lists(rows.ptr, rows.full, rows.index, tile[order])
+        columns = Lists(columns.ptr, columns.full, columns.index, tile[column_order])
+    return Part(queries, keys, rows, columns, tiles, program or ())
+
+
+def _common_grain(listed: list[Listed], size: int) -> int:
+    """Largest power-of-two part of the block sizes' common divisor, or the divisor itself."""
+    grain = gcd(*(term.pattern.block for term in listed))
+    while grain > size and grain % 2 == 0:
+        grain //= 2
+    return grain
+
+
+def _cut_side(
+    tokens: Tokens,
+    segment: Int[Tensor, "T"],
+    members: Members | None,
+    classes: tuple[Congruent, ...],
+    size: int,
+) -> tuple[Blocks, Int[Tensor, "R"]]:
+    group = segment
+    for term in classes:
+        group = group * term.stride + term.residue(tokens.coords)
+    chosen = members.contains(tokens.index) if members else None
+    if members or classes:
+        selected = group if chosen is None else group[chosen]
+        longest = _largest(torch.bincount(selected)) if selected.numel() else 0
+        size = max(MIN_BLOCK, min(size, _power_of_two(longest)))
+    return cut(group, size=size, members=chosen, in_order=not classes)
+
+
+def _classify(
+    own: list[Clause],
+    earlier: list[Clause],
+    pairs: Pairs,
+    query: Boxes,
+    key: Boxes,
+) -> tuple[Int[Tensor, "Z"], Int[Tensor, "Z"], Bool[Tensor, "Z"]]:
+    """Drop pairs of blocks that earlier parts keep whole; tell which need no mask."""
+    row, column = pairs
+    boxes_q, boxes_k = query[row], key[column]
+    full = covers(own, boxes_q, boxes_k)
+    if not earlier:
+        return row, column, full
+    taken = covers(earlier, boxes_q, boxes_k)
+    full &= ~may_touch(earlier, boxes_q, boxes_k)
+    return row[~taken], column[~taken], full[~taken]
+
+
+def _compress(
+    major: Int[Tensor, "Z"],
+    minor: Int[Tensor, "Z"],
+    full: Bool[Tensor, "Z"],
+    num_major: int,
+    *,
+    is_sorted: bool,
+) -> tuple[Lists, Int[Tensor, "Z"]]:
+    """Sort entries by row, partial before full; also give the order that did it."""
+    num_full = torch.bincount(major[full], minlength=num_major)
+    num_entries = torch.bincount(major, minlength=num_major)
+    ptr = torch.nn.functional.pad(num_entries.cumsum(0), (1, 0)).to(torch.int32)
+    uniform = bool(full.all()) or not bool(full.any())
+    if is_sorted and uniform:
+        order = torch.arange(major.numel(), device=major.device)
+    else:
+        wide = 2 * num_major > 2**31 - 1
+        rank = major.to(torch.int64 if wide else torch.int32) * 2 + full
+        order = torch.sort(rank, stable=True).indices
+    empty = torch.empty(0, dtype=torch.int32, device=major.device)
+    first_full = (ptr[1:] - num_full).to(torch.int32)
+    index = minor[order].to(torch.int32)
+    return Lists(ptr[None], first_full[None], index, empty), order
+
+
+def _draw_tiles(
+    own: list[Clause],
+    earlier: list[Clause],
+    sides: _Sides,
+    blocks: tuple[Blocks, Blocks],
+    entries: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Evaluate partial blocks pair by pair; keep each distinct tile of bits once."""
+    keep = clauses_keep(own, earlier)
+    row, column, full = entries
+    query_tokens, query_exists = blocks[0].tokens()
+    key_tokens, key_exists = blocks[1].tokens()
+    partial = (~full).nonzero()[:, 0]
+    step = max(1, TILE_PAIRS // (blocks[0].size * blocks[1].size))
+    packed, complete, empty = [], [], []
+    for chosen in partial.split(step):
+        r, c = row[chosen], column[chosen]
+        exists = query_exists[r][:, :, None] & key_exists[c][:, None, :]
+        queries, keys = sides.query[query_tokens[r]], sides.key[key_tokens[c]]
+        kept = keep(queries.as_rows(), keys.as_columns()) & exists
+        packed.append(pack_bits(kept))
+        complete.append(kept.flatten(1).all(1))
+        empty.append(~kept.flatten(1).any(1))
+    tile = torch.zeros_like(row, dtype=torch.int32)
+    if not packed:
+        nothing = torch.empty(0, 0, 0, dtype=torch.uint8, device=row.device)
+        return row, column, full, tile, nothing
+    bits = torch.cat(packed)
+    unique, which = torch.unique(bits.flatten(1), dim=0, return_inverse=True)
+    tile[partial] = which.to(torch.int32)
+    full = full.clone()
+    full[partial] = torch.cat(complete)
+    kept_entries = torch.ones_like(full)
+    kept_entries[partial] = ~torch.cat(empty)
+    chosen = kept_entries.nonzero()[:, 0]
+    tiles = unique.unflatten(1, bits.shape[1:])
+    return row[chosen], column[chosen], full[chosen], tile[chosen], tiles

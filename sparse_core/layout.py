@@ -1,0 +1,351 @@
+"""BlockLayout: a pattern's answer for one batch of sequences, in blocks."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.utils._pytree as pytree
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+from sparse_core.blocking import Blocks
+from sparse_core.masking import KEY_FLAG, QUERY_FLAG, Program, decode, evaluate, unpack_bits
+
+
+@dataclass(frozen=True)
+class Lists:
+    """For each of G groups and R blocks of one side, the blocks of the other side that it meets.
+
+    `index[ptr[g, r] : ptr[g, r + 1]]` are the blocks of row r in ascending order, those that need
+    a mask first; from `full[g, r]` on every pair is kept. `tile` names each partial entry's bits,
+    if the part has any.
+    """
+
+    ptr: Int[Tensor, "G R+1"]
+    full: Int[Tensor, "G R"]
+    index: Int[Tensor, "Z"]
+    tile: Int[Tensor, "Z"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Pairs of blocks under one blocking of queries and one of keys.
+
+    `rows` lists key blocks by query block, `columns` query blocks by key block. Partial blocks are
+    masked by `program`, or by `tiles` of bits where no program exists.
+    """
+
+    queries: Blocks
+    keys: Blocks
+    rows: Lists
+    columns: Lists
+    tiles: UInt8[Tensor, "U M W"]
+    program: Program
+
+    @property
+    def num_blocks(self) -> int:
+        """Stored pairs of blocks, of all groups."""
+        return self.rows.index.shape[0]
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Who attends to whom in one batch of packed sequences, ready for any engine.
+
+    The op takes one softmax over all parts; no pair of tokens is kept by two of them. Sequences
+    are packed along the token axis and never see each other. Made by `build_layout`, `concat`,
+    `merge` and `stack`. It is a pytree; sizes are host integers, so no engine asks the device.
+
+    `query_flags` hold the bits that programs ask for; `group_of` is empty where all heads and
+    samples share the lists of group 0, and names the group of each otherwise.
+    """
+
+    parts: tuple[Part, ...]
+    query_coords: Int[Tensor, "Tq P"]
+    key_coords: Int[Tensor, "Tk P"]
+    query_flags: Int[Tensor, "Tq"]
+    key_flags: Int[Tensor, "Tk"]
+    lengths: Int[Tensor, "S"]
+    key_lengths: Int[Tensor, "S"]
+    group_of: Int[Tensor, "B Hkv"]
+    pattern: str
+
+    @property
+    def num_queries(self) -> int:
+        """Query tokens, of all sequences."""
+        return self.query_coords.shape[0]
+
+    @property
+    def num_keys(self) -> int:
+        """Key tokens, of all sequences."""
+        return self.key_coords.shape[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """Stored pairs of blocks, of all parts and groups."""
+        return sum(part.num_blocks for part in self.parts)
+
+    @property
+    def num_groups(self) -> int:
+        """Sets of lists that heads and samples choose from."""
+        return self.parts[0].rows.ptr.shape[0] if self.parts else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors live."""
+        return self.query_coords.device
+
+    def to(self, device: torch.device | str) -> "BlockLayout":
+        """Copy to a device."""
+        moved: BlockLayout = pytree.tree_map_only(Tensor, lambda t: t.to(device), self)
+        return moved
+
+    def visited_pairs(self) -> int:
+        """Count the token pairs in stored blocks: what an engine pays for, masked or not."""
+        total = 0
+        for part in self.parts:
+            row = _major(part.rows)
+            queries = part.queries.count.long()[row % len(part.queries)]
+            total += int((queries * part.keys.count.long()[part.rows.index.long()]).sum())
+        return total
+
+    def nbytes(self, *, coords: bool = False) -> int:
+        """Count the memory of the lists and blocks, and of coordinates and flags if asked."""
+        tensors = [t for t in pytree.tree_leaves(self.parts) if isinstance(t, Tensor)]
+        if coords:
+            tensors += [self.query_coords, self.key_coords, self.query_flags, self.key_flags]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def counts(self, group: int = 0) -> Int[Tensor, "Tq Tk"]:
+        """Write out how often each pair of tokens is kept: 0 or 1, more only after `merge`."""
+        total = torch.zeros(self.num_queries, self.num_keys, dtype=torch.int32, device=self.device)
+        for part in self.parts:
+            _add_part(total, self, part, group)
+        return total
+
+    def mask(self, group: int = 0) -> Bool[Tensor, "Tq Tk"]:
+        """Write out which pairs of tokens are kept. Memory is Tq x Tk."""
+        return self.counts(group) > 0
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockLayout({self.pattern}, {self.num_queries} x {self.num_keys} tokens, "
+            f"{self.lengths.shape[0]} sequences, {len(self.parts)} parts, {self.num_blocks} blocks)"
+        )
+
+
+def concat(layouts: list[BlockLayout]) -> BlockLayout:
+    """Pack layouts of one pattern one after another; their sequences never see each other.
+
+    Raises ValueError if patterns or block sizes differ.
+    """
+    first = layouts[0]
+    for other in layouts[1:]:
+        same = other.pattern == first.pattern and len(other.parts) == len(first.parts)
+        if not same or other.num_groups != first.num_groups:
+            raise ValueError(f"concat takes layouts of one pattern; got {first!r} and {other!r}")
+    parts = []
+    for members in zip(*(layout.parts for layout in layouts), strict=True):
+        queries = _concat_blocks([p.queries for p in members], [x.num_queries for x in layouts])
+        keys = _concat_blocks([p.keys for p in members], [x.num_keys for x in layouts])
+        tiles = torch.cat([p.tiles for p in members])
+        shifts = _offsets([p.tiles.shape[0] for p in members])
+        rows = _concat_lists([p.rows for p in members], [len(p.keys) for p in members], shifts)
+        columns = _concat_lists(
+            [p.columns for p in members], [len(p.queries) for p in members], shifts
+        )
+        parts.append(Part(queries, keys, rows, columns, tiles, members[0].program))
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(layout, name) for layout in layouts])
+
+    return replace(
+        first,
+        parts=tuple(parts),
+        query_coords=joined("query_coords"),
+        key_coords=joined("key_coords"),
+        query_flags=joined("query_flags"),
+        key_flags=joined("key_flags"),
+        lengths=joined("lengths"),
+        key_lengths=joined("key_lengths"),
+    )
+
+
+def merge(layouts: list[BlockLayout]) -> BlockLayout:
+    """Put the parts of layouts of the same tokens under one softmax.
+
+    Unlike `a | b`, a pair that several keep counts once for each (LongNet, Ding et al. 2023,
+    equation 11).
+    """
+    first = layouts[0]
+    tokens = (first.num_queries, first.num_keys, first.num_groups)
+    if any((x.num_queries, x.num_keys, x.num_groups) != tokens for x in layouts):
+        raise ValueError("merge takes layouts of the same tokens and groups")
+    if any(not torch.equal(x.query_coords, first.query_coords) for x in layouts):
+        raise ValueError("merge takes layouts of the same coordinates")
+    parts, query_flags, key_flags, used = [], first.query_flags * 0, first.key_flags * 0, 0
+    for layout in layouts:
+        width = int(max(layout.query_flags.max(), layout.key_flags.max())).bit_length()
+        query_flags = query_flags | (layout.query_flags << used)
+        key_flags = key_flags | (layout.key_flags << used)
+        parts += [_shift_flags(part, used) for part in layout.parts]
+        used += width
+    return replace(
+        first,
+        parts=tuple(parts),
+        query_flags=query_flags,
+        key_flags=key_flags,
+        pattern=" + ".join(f"({layout.pattern})" for layout in layouts),
+    )
+
+
+def stack(layouts: list[BlockLayout], group_of: Int[Tensor, "B Hkv"]) -> BlockLayout:
+    """Give heads or samples lists of their own: `group_of[b, h]` names the layout they use.
+
+    The layouts cover the same tokens in the same blocks: patterns of one shape, such as
+    `RandomBlocks` with a seed for each head.
+    """
+    first = layouts[0]
+    if int(group_of.min()) < 0 or int(group_of.max()) >= len(layouts):
+        raise ValueError(f"group_of names layouts 0 to {len(layouts) - 1}; got {group_of.tolist()}")
+    parts = []
+    for other in layouts[1:]:
+        if [_shape(p) for p in other.parts] != [_shape(p) for p in first.parts]:
+            raise ValueError("stack takes layouts that differ in their lists only")
+    for members in zip(*(layout.parts for layout in layouts), strict=True):
+        shifts = _offsets([p.tiles.shape[0] for p in members])
+        rows = _stack_lists([p.rows for p in members], shifts)
+        columns = _stack_lists([p.columns for p in members], shifts)
+        tiles = torch.cat([p.tiles for p in members])
+        parts.append(replace(members[0], rows=rows, columns=columns, tiles=tiles))
+    names = " / ".join(dict.fromkeys(layout.pattern for layout in layouts))
+    chosen = group_of.to(first.device, torch.int32)
+    return replace(first, parts=tuple(parts), group_of=chosen, pattern=names)
+
+
+def _major(lists: Lists) -> Int[Tensor, "Z"]:
+    """Row number of each entry; rows of later groups follow on."""
+    num_rows = lists.full.numel()
+    starts = lists.ptr[:, :-1].reshape(-1).long()
+    ends = lists.ptr[:, 1:].reshape(-1).long()
+    return torch.arange(num_rows, device=starts.device).repeat_interleave(ends - starts)
+
+
+def _add_part(total: Tensor, layout: BlockLayout, part: Part, group: int) -> None:
+    query_tokens, query_exists = part.queries.tokens()
+    key_tokens, key_exists = part.keys.tokens()
+    ptr, full = part.rows.ptr[group].tolist(), part.rows.full[group].tolist()
+    for row in range(len(part.queries)):
+        for entry in range(ptr[row], ptr[row + 1]):
+            column = int(part.rows.index[entry])
+            q = query_tokens[row][query_exists[row]]
+            k = key_tokens[column][key_exists[column]]
+            kept = torch.ones(q.numel(), k.numel(), dtype=torch.bool, device=q.device)
+            if entry < full[row] and part.program:
+                kept = evaluate(
+                    part.program,
+                    layout.query_coords[q],
+                    layout.key_coords[k],
+                    layout.query_flags[q],
+                    layout.key_flags[k],
+                )
+            elif entry < full[row]:
+                bits = part.tiles[part.rows.tile[entry].long()]
+                kept = unpack_bits(bits, part.keys.size)[: q.numel(), : k.numel()]
+            total[q[:, None], k[None, :]] += kept.to(torch.int32)
+
+
+def _offsets(counts: list[int]) -> list[int]:
+    return [sum(counts[:i]) for i in range(len(counts))]
+
+
+def _concat_blocks(blocks: list[Blocks], num_tokens: list[int]) -> Blocks:
+    if len({b.size for b in blocks}) != 1:
+        raise ValueError("layouts have different block sizes; build them with one block_size")
+    used = [b for b in blocks if len(b)] or blocks[:1]
+    if any(b.order.numel() for b in used) or len({b.stride for b in used}) != 1:
+        blocks = [b.indexed() for b in blocks]
+    token_shift, order_shift = _offsets(num_tokens), _offsets([b.order.numel() for b in blocks])
+    ordered = any(b.order.numel() for b in blocks)
+    start = [
+        b.start + (o if ordered else t)
+        for b, t, o in zip(blocks, token_shift, order_shift, strict=True)
+    ]
+    order = [
+        b.order + t if b.order.numel() else b.order
+        for b, t in zip(blocks, token_shift, strict=True)
+    ]
+    count = torch.cat([b.count for b in blocks])
+    stride = 1 if ordered else used[0].stride
+    return Blocks(torch.cat(start), count, torch.cat(order), stride, blocks[0].size)
+
+
+def _concat_lists(lists: list[Lists], widths: list[int], tile_shifts: list[int]) -> Lists:
+    """Join rows within each group; entries of a group stay together."""
+    index_shift = _offsets(widths)
+    ptrs, fulls, indices, tiles, used = [], [], [], [], 0
+    for group in range(lists[0].ptr.shape[0]):
+        group_ptr, group_full = [], []
+        for i, member in enumerate(lists):
+            begin, end = int(member.ptr[group, 0]), int(member.ptr[group, -1])
+            group_ptr.append(member.ptr[group, :-1] - begin + used)
+            group_full.append(member.full[group] - begin + used)
+            indices.append(member.index[begin:end] + index_shift[i])
+            if member.tile.numel():
+                tiles.append(member.tile[begin:end] + tile_shifts[i])
+            used += end - begin
+        group_ptr.append(group_ptr[0].new_tensor([used]))
+        ptrs.append(torch.cat(group_ptr))
+        fulls.append(torch.cat(group_full))
+    tile = torch.cat(tiles) if tiles else lists[0].tile[:0]
+    return Lists(torch.stack(ptrs), torch.stack(fulls), torch.cat(indices), tile)
+
+
+def _stack_lists(lists: list[Lists], tile_shifts: list[int]) -> Lists:
+    shifts = _offsets([x.index.shape[0] for x in lists])
+    shifted = list(zip(lists, shifts, tile_shifts, strict=True))
+    return Lists(
+        torch.cat([x.ptr + s for x, s, _ in shifted]),
+        torch.cat([x.full + s for x, s, _ in shifted]),
+        torch.cat([x.index for x in lists]),
+        torch.cat([x.tile + t for x, _, t in shifted]),
+    )
+
+
+def _shape(part: Part) -> tuple[object, ...]:
+    sides = (part.queries, part.keys)
+    return (*((len(b), b.size, b.stride, b.order.numel()) for b in sides), part.program)
+
+
+def _shift_flags(part: Part, shift: int) -> Part:
+    if not part.program or not shift:
+        return part
+    own, earlier = decode(part.program)
+    numbers = [len(own), len(earlier)]
+    for clause in own + earlier:
+        numbers.append(len(clause))
+        for code, a, b, c in clause:
+            numbers += [code, a + shift if code in (QUERY_FLAG, KEY_FLAG) else a, b, c]
+    return replace(part, program=tuple(numbers))
+
+
+def _register(cls: type) -> None:
+    """Make a dataclass of tensors, nested values and constants a pytree."""
+    children = [
+        f.name for f in fields(cls) if f.name not in ("stride", "size", "program", "pattern")
+    ]
+    constants = [f.name for f in fields(cls) if f.name not in children]
+
+    def flatten(value: object) -> tuple[list[object], tuple[object, ...]]:
+        return [getattr(value, n) for n in children], tuple(getattr(value, n) for n in constants)
+
+    def unflatten(values: object, context: tuple[object, ...]) -> object:
+        given = dict(zip(children, values, strict=True))  # type: ignore[call-overload]
+        return cls(**given, **dict(zip(constants, context, strict=True)))
+
+    pytree.register_pytree_node(
+        cls, flatten, unflatten, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}"
+    )
+
+
+for _cls in (Blocks, Lists, Part, BlockLayout):
+    _register(_cls)

@@ -1,0 +1,27 @@
+"""Who may attend to whom: small frozen values, composed with `|` and `&`."""
+
+from sparse_core.patterns.base import Intersection, Pattern, Union
+from sparse_core.patterns.block_list import BlockList
+from sparse_core.patterns.causal import Causal
+from sparse_core.patterns.dense import Dense
+from sparse_core.patterns.dilated_window import DilatedWindow
+from sparse_core.patterns.global_tokens import GlobalTokens
+from sparse_core.patterns.random_blocks import RandomBlocks
+from sparse_core.patterns.sliding_window import SlidingWindow
+from sparse_core.patterns.strided import Strided
+
+PATTERNS: dict[str, type[Pattern]] = {
+    pattern.__name__: pattern
+    for pattern in (
+        Dense,
+        Causal,
+        SlidingWindow,
+        DilatedWindow,
+        Strided,
+        GlobalTokens,
+        RandomBlocks,
+        BlockList,
+    )
+}
+
+__all__ = ["PATTERNS", "Intersection", "Pattern", "Union", *PATTERNS]

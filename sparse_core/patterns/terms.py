@@ -1,0 +1,229 @@
+"""The few conditions that every pattern is made of.
+
+A pattern lowers to alternatives of terms: `(a and b) or (c and d) or ...`. A term is evaluated in
+three ways: on single tokens (`allows`, exact), on boxes of tokens (`may_touch`, never wrongly
+False; `covers`, never wrongly True) and, if it has a code, inside a kernel.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+UNBOUNDED = 2**31 - 1
+"""Infinity in an interval; coordinates stay below 2**30, so that differences fit int32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a pattern may know of some tokens; the three tensors broadcast together.
+
+    `coords` are global coordinates, `index` the position in the token's own sequence and `length`
+    the number of tokens of that sequence.
+    """
+
+    coords: Int[Tensor, "*S P"]
+    index: Int[Tensor, "*S"]
+    length: Int[Tensor, "*S"]
+
+    def __getitem__(self, item: Int[Tensor, "..."] | slice | None) -> "Tokens":
+        """Select tokens along the leading axes."""
+        return Tokens(self.coords[item], self.index[item], self.length[item])
+
+    def as_rows(self) -> "Tokens":
+        """Shape [..., M] to [..., M, 1]: the query side of a table of pairs."""
+        return Tokens(self.coords[..., :, None, :], self.index[..., None], self.length[..., None])
+
+    def as_columns(self) -> "Tokens":
+        """Shape [..., N] to [..., 1, N]: the key side of a table of pairs."""
+        return Tokens(
+            self.coords[..., None, :, :], self.index[..., None, :], self.length[..., None, :]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Bounds of blocks of tokens: inclusive, per axis, and of the index in the own sequence.
+
+    `length` is the token count of the sequence; a box that spans several sequences has the
+    smallest and the largest.
+    """
+
+    low: Int[Tensor, "*S P"]
+    high: Int[Tensor, "*S P"]
+    index_low: Int[Tensor, "*S"]
+    index_high: Int[Tensor, "*S"]
+    length_low: Int[Tensor, "*S"]
+    length_high: Int[Tensor, "*S"]
+    group_low: Int[Tensor, "*S"]
+    group_high: Int[Tensor, "*S"]
+
+    def __getitem__(self, item: Int[Tensor, "..."]) -> "Boxes":
+        """Select boxes along the leading axis."""
+        return Boxes(*(getattr(self, name)[item] for name in self.__slots__))
+
+
+class Term(Protocol):
+    """One condition on a pair of tokens."""
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Tensor, "..."]:
+        """Tell for each pair whether the condition holds."""
+        ...
+
+    def may_touch(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """Tell for each pair of boxes whether it may hold for some pair in them."""
+        ...
+
+    def covers(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """Tell for each pair of boxes whether it surely holds for all pairs in them."""
+        ...
+
+
+Clause = tuple[Term, ...]
+"""All of its terms hold; the empty clause is always true."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """`low <= query - key <= high` on one axis."""
+
+    axis: int
+    low: int
+    high: int
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Tensor, "..."]:
+        """Compare the difference of the coordinates."""
+        difference = query.coords[..., self.axis] - key.coords[..., self.axis]
+        return (difference >= self.low) & (difference <= self.high)
+
+    def may_touch(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """Compare the range of differences; exact per axis."""
+        smallest, largest = _differences(query, key, self.axis)
+        return (largest >= self.low) & (smallest <= self.high)
+
+    def covers(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """Compare the range of differences; exact per axis."""
+        smallest, largest = _differences(query, key, self.axis)
+        return (smallest >= self.low) & (largest <= self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class Congruent:
+    """`query // block` and `key // block` differ by a multiple of `stride` on one axis."""
+
+    axis: int
+    block: int
+    stride: int
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Tensor, "..."]:
+        """Compare the residues."""
+        return self.residue(query.coords) == self.residue(key.coords)
+
+    def residue(self, coords: Int[Tensor, "*S P"]) -> Int[Tensor, "*S"]:
+        """Class of each token: tokens of one class see each other."""
+        return (coords[..., self.axis] // self.block) % self.stride
+
+    def may_touch(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """Look for a multiple of the stride in the range of differences."""
+        smallest, largest = self._differences(query, key)
+        return (largest // self.stride) * self.stride >= smallest
+
+    def covers(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """True where all tokens share one class."""
+        smallest, largest = self._differences(query, key)
+        return (smallest == largest) & (smallest % self.stride == 0)
+
+    def _differences(self, query: Boxes, key: Boxes) -> tuple[Tensor, Tensor]:
+        q_low, q_high = query.low[..., self.axis], query.high[..., self.axis]
+        k_low, k_high = key.low[..., self.axis], key.high[..., self.axis]
+        smallest = q_low // self.block - k_high // self.block
+        return smallest, q_high // self.block - k_low // self.block
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Tokens of each sequence named by their position: the first `first`, and `positions`."""
+
+    first: int
+    positions: tuple[int, ...]
+
+    def contains(self, index: Int[Tensor, "*S"]) -> Bool[Tensor, "*S"]:
+        """Tell which positions belong."""
+        found = index < self.first
+        if self.positions:
+            listed = torch.tensor(self.positions, device=index.device, dtype=index.dtype)
+            found = found | torch.isin(index, listed)
+        return found
+
+    def count_between(self, low: Int[Tensor, "*S"], high: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
+        """Number of members in `low..high`, both inclusive."""
+        sorted_members = torch.tensor(
+            sorted(set(range(self.first)) | set(self.positions)), device=low.device, dtype=low.dtype
+        )
+        upper = torch.searchsorted(sorted_members, high.contiguous(), right=True)
+        return upper - torch.searchsorted(sorted_members, low.contiguous())
+
+
+@dataclass(frozen=True, slots=True)
+class QueryIn:
+    """The query is one of the members."""
+
+    members: Members
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Tensor, "..."]:
+        """Look the query up."""
+        return self.members.contains(query.index) & torch.ones_like(key.index, dtype=torch.bool)
+
+    def may_touch(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """True where a member lies between the bounds."""
+        count = self.members.count_between(query.index_low, query.index_high)
+        return (count > 0) & torch.ones_like(key.index_low, dtype=torch.bool)
+
+    def covers(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """True where all positions between the bounds are members."""
+        count = self.members.count_between(query.index_low, query.index_high)
+        everything = count == query.index_high - query.index_low + 1
+        return everything & torch.ones_like(key.index_low, dtype=torch.bool)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyIn:
+    """The key is one of the members."""
+
+    members: Members
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Tensor, "..."]:
+        """Look the key up."""
+        return QueryIn(self.members).allows(key, query)
+
+    def may_touch(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """True where a member lies between the bounds."""
+        return QueryIn(self.members).may_touch(key, query)
+
+    def covers(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """True where all positions between the bounds are members."""
+        return QueryIn(self.members).covers(key, query)
+
+
+def simplify(clause: Clause) -> Clause | None:
+    """Merge intervals on one axis and drop repeats; None if nothing can satisfy the clause."""
+    intervals: dict[int, Interval] = {}
+    others: list[Term] = []
+    for term in clause:
+        if isinstance(term, Interval):
+            known = intervals.get(term.axis, term)
+            merged = Interval(term.axis, max(known.low, term.low), min(known.high, term.high))
+            intervals[term.axis] = merged
+        elif term not in others:
+            others.append(term)
+    if any(interval.low > interval.high for interval in intervals.values()):
+        return None
+    bounded = [i for i in intervals.values() if (i.low, i.high) != (-UNBOUNDED, UNBOUNDED)]
+    return (*bounded, *others)
+
+
+def _differences(query: Boxes, key: Boxes, axis: int) -> tuple[Tensor, Tensor]:
+    smallest = query.low[..., axis] - key.high[..., axis]
+    return smallest, query.high[..., axis] - key.low[..., axis]
