@@ -209,7 +209,10 @@ def _build_part(
     else:
         row, column = touching_pairs(own, query_boxes, key_boxes)
     row, column, full = _classify(own, earlier, (row, column), query_boxes, key_boxes)
-    full &= (queries.count[row] == queries.size) & (keys.count[column] == keys.size)
+    for blocks, which in ((queries, row), (keys, column)):
+        short = blocks.count < blocks.size
+        if bool(short.any()):
+            full &= ~short[which]
     program = encode(own, earlier, members)
     tiles = torch.empty(0, 0, 0, dtype=torch.uint8, device=row.device)
     tile = torch.empty(0, dtype=torch.int32, device=row.device)
@@ -259,12 +262,11 @@ def _classify(
 ) -> tuple[Int[Tensor, "Z"], Int[Tensor, "Z"], Bool[Tensor, "Z"]]:
     """Drop pairs of blocks that earlier parts keep whole; tell which need no mask."""
     row, column = pairs
-    boxes_q, boxes_k = query[row], key[column]
-    full = covers(own, boxes_q, boxes_k)
+    full = covers(own, query, key, pairs)
     if not earlier:
         return row, column, full
-    taken = covers(earlier, boxes_q, boxes_k)
-    full &= ~may_touch(earlier, boxes_q, boxes_k)
+    taken = covers(earlier, query, key, pairs)
+    full &= ~may_touch(earlier, query, key, pairs)
     return row[~taken], column[~taken], full[~taken]
 
 

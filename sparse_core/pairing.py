@@ -1,5 +1,7 @@
 """Finding the pairs of blocks that a pattern touches, in time proportional to their number."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -21,7 +23,7 @@ def touching_pairs(own: list[Clause], query: Boxes, key: Boxes) -> Pairs:
         row, column = _runs(own, query, key)
     else:
         row, column = _refine(own, query, key)
-    touched = may_touch(own, query[row], key[column])
+    touched = may_touch(own, query, key, (row, column))
     return (row, column) if bool(touched.all()) else (row[touched], column[touched])
 
 
@@ -55,26 +57,31 @@ def listed_pairs(
     return unique // max(key.low.shape[0], 1), unique % max(key.low.shape[0], 1)
 
 
-def may_touch(clauses: list[Clause], query: Boxes, key: Boxes) -> Bool[Tensor, "Z"]:
+def may_touch(clauses: list[Clause], query: Boxes, key: Boxes, pairs: Pairs) -> Bool[Tensor, "Z"]:
     """Tell for each pair of boxes whether some clause may hold somewhere in it."""
-    touched = torch.zeros_like(query.index_low, dtype=torch.bool)
-    for clause in clauses:
-        possible = torch.ones_like(touched)
-        for term in clause:
-            possible &= term.may_touch(query, key)
-        touched |= possible
-    return touched
+    return _any_clause(clauses, query, key, pairs, "may_touch")
 
 
-def covers(clauses: list[Clause], query: Boxes, key: Boxes) -> Bool[Tensor, "Z"]:
+def covers(clauses: list[Clause], query: Boxes, key: Boxes, pairs: Pairs) -> Bool[Tensor, "Z"]:
     """Tell for each pair of boxes whether some clause surely holds all over it."""
-    covered = torch.zeros_like(query.index_low, dtype=torch.bool)
+    return _any_clause(clauses, query, key, pairs, "covers")
+
+
+def _any_clause(
+    clauses: list[Clause],
+    query: Boxes,
+    key: Boxes,
+    pairs: Pairs,
+    test: Literal["may_touch", "covers"],
+) -> Bool[Tensor, "Z"]:
+    row, column = pairs
+    if () in clauses or not clauses:
+        return torch.full_like(row, () in clauses, dtype=torch.bool)
+    boxes_q, boxes_k = query[row], key[column]
+    found = torch.zeros_like(row, dtype=torch.bool)
     for clause in clauses:
-        certain = torch.ones_like(covered)
-        for term in clause:
-            certain &= term.covers(query, key)
-        covered |= certain
-    return covered
+        found |= torch.stack([getattr(t, test)(boxes_q, boxes_k) for t in clause]).all(0)
+    return found
 
 
 def _is_sorted(boxes: Boxes) -> bool:
@@ -134,9 +141,10 @@ def _refine(own: list[Clause], query: Boxes, key: Boxes) -> Pairs:
         column = torch.stack([2 * column, 2 * column + 1] * 2).flatten()
         exists = (row < q.low.shape[0]) & (column < k.low.shape[0])
         row, column = row[exists], column[exists]
-        boxes_q, boxes_k = q[row], k[column]
-        meet = (boxes_q.group_low <= boxes_k.group_high) & (boxes_k.group_low <= boxes_q.group_high)
-        kept = meet & may_touch(own, boxes_q, boxes_k)
+        meet = (q.group_low[row] <= k.group_high[column]) & (
+            k.group_low[column] <= q.group_high[row]
+        )
+        kept = meet & may_touch(own, q, k, (row, column))
         row, column = row[kept], column[kept]
     if depth == 1:
         same_group = query.group_low[row] == key.group_low[column]
