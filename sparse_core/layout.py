@@ -342,8 +342,18 @@ def _register(cls: type) -> None:
         given = dict(zip(children, values, strict=True))  # type: ignore[call-overload]
         return cls(**given, **dict(zip(constants, context, strict=True)))
 
+    def flatten_with_keys(
+        value: object,
+    ) -> tuple[list[tuple[pytree.KeyEntry, object]], tuple[object, ...]]:
+        values, context = flatten(value)
+        return [(pytree.GetAttrKey(n), v) for n, v in zip(children, values, strict=True)], context
+
     pytree.register_pytree_node(
-        cls, flatten, unflatten, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}"
+        cls,
+        flatten,
+        unflatten,
+        flatten_with_keys_fn=flatten_with_keys,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
     )
 
 

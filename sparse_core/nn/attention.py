@@ -1,0 +1,50 @@
+"""Self-attention over a layout."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparse_core.layout import BlockLayout
+from sparse_core.nn.rotary import Rotation, rotate
+from sparse_core.ops import Backend, sparse_attention
+
+
+class SparseSelfAttention(nn.Module):
+    """Project to queries, keys and values, attend over a layout, project back.
+
+    `num_kv_heads` key heads are shared by equal groups of query heads (Ainslie et al. 2023). The
+    layout says who sees whom; the module holds no pattern of its own.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        bias: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if dim % num_heads or num_heads % num_kv_heads:
+            raise ValueError(
+                f"dim must be a multiple of num_heads, and num_heads of num_kv_heads; "
+                f"got {dim=}, {num_heads=}, {num_kv_heads=}"
+            )
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        self.backend: Backend = backend
+        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+
+    def forward(
+        self, x: Float[Tensor, "B T E"], layout: BlockLayout, rotation: Rotation | None = None
+    ) -> Float[Tensor, "B T E"]:
+        """Mix each token with those that the layout lets it see."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        q, k, v = heads.split(sizes, dim=2)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        mixed = sparse_attention(q, k, v, layout, backend=self.backend)
+        assert isinstance(mixed, Tensor)
+        return self.out(mixed.flatten(2))

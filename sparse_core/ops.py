@@ -1,0 +1,315 @@
+"""The op: attention over a layout, as a torch custom op with a choice of engines."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparse_core import blockwise
+from sparse_core.layout import BlockLayout
+from sparse_core.reference import coordinate_distance, reference_attention
+
+Backend = Literal["auto", "blockwise", "reference", "triton"]
+
+
+def sparse_attention(
+    q: Float[Tensor, "B Tq H D"],
+    k: Float[Tensor, "B Tk Hkv D"],
+    v: Float[Tensor, "B Tk Hkv D"],
+    layout: BlockLayout,
+    *,
+    scale: float | None = None,
+    key_bias: Float[Tensor, "B Tk"] | None = None,
+    alibi_slopes: Float[Tensor, "H"] | None = None,
+    backend: Backend = "auto",
+    return_lse: bool = False,
+) -> Float[Tensor, "B Tq H D"] | tuple[Float[Tensor, "B Tq H D"], Float[Tensor, "B H Tq"]]:
+    """Attend from every query to the keys that the layout keeps, in one softmax.
+
+    Scores are `scale * q.k + key_bias[key] - alibi_slopes[head] * distance(query, key)`, where the
+    distance is that of the layout's coordinates (Euclidean) and `scale` is `D ** -0.5` if not
+    given. Several query heads may share a key head (H a multiple of Hkv). A query that may attend
+    to nothing gives output 0, log-sum-exp -inf and gradient 0.
+
+    `backend` names the engine; "auto" takes the fastest that can run here. All engines are exact,
+    and differentiable in q, k, v, key_bias, alibi_slopes and through the returned log-sum-exp.
+    Attention dropout is not offered: drop in the residual stream instead.
+
+    Raises ValueError for shapes, dtypes, devices that do not fit, and RuntimeError for a named
+    engine that cannot run here.
+    """
+    _validate(q, k, v, layout, key_bias, alibi_slopes)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    engine = choose_engine(backend)
+    if engine == "reference":
+        out, lse = _run_reference(q, k, v, layout, scale, key_bias, alibi_slopes)
+    else:
+        tensors, numbers = _flatten(layout)
+        out, lse = torch.ops.gigasparse.attention(
+            q, k, v, key_bias, alibi_slopes, tensors, numbers, scale, engine
+        )
+    return (out, lse) if return_lse else out
+
+
+def choose_engine(backend: Backend) -> str:
+    """Name the engine that `backend` stands for here."""
+    if backend in ("blockwise", "reference"):
+        return backend
+    if backend == "auto":
+        return "blockwise"
+    if backend == "triton":
+        raise RuntimeError("backend='triton' is not available in this version; use 'blockwise'")
+    raise ValueError(f"backend is auto, blockwise, reference or triton; got {backend!r}")
+
+
+def merge_attention(
+    outs: list[Float[Tensor, "B T H D"]], lses: list[Float[Tensor, "B H T"]]
+) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B H T"]]:
+    """Join attention over disjoint sets of keys into attention over their union; exact.
+
+    Differentiable, also through the log-sum-exps. Takes what `return_lse=True` gives; queries
+    without keys anywhere stay 0 with log-sum-exp -inf.
+    """
+    stacked = torch.stack(lses)
+    largest = stacked.detach().amax(0).clamp(min=torch.finfo(stacked.dtype).min)
+    weights = (stacked - largest).exp()
+    total = weights.sum(0)
+    some = total > 0
+    safe = torch.where(some, total, 1)
+    shares = (weights / safe).transpose(-1, -2)[..., None]
+    out = sum(share * part for share, part in zip(shares, outs, strict=True))
+    lse = torch.where(some, safe.log() + largest, -torch.inf)
+    assert isinstance(out, Tensor)
+    return out.to(outs[0].dtype), lse
+
+
+@torch.library.custom_op("gigasparse::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    layout_tensors: list[Tensor],
+    layout_numbers: list[int],
+    scale: float,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    layout = _unflatten(layout_tensors, layout_numbers)
+    assert engine == "blockwise", engine
+    return blockwise.forward(
+        q, k, v, layout, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes
+    )
+
+
+@_attention.register_fake
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    layout_tensors: list[Tensor],
+    layout_numbers: list[int],
+    scale: float,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((batch, heads, queries), dtype=dtype)
+
+
+@torch.library.custom_op("gigasparse::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    layout_tensors: list[Tensor],
+    layout_numbers: list[int],
+    scale: float,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layout = _unflatten(layout_tensors, layout_numbers)
+    assert engine == "blockwise", engine
+    grads = blockwise.backward(
+        grad_out, grad_lse, q, k, v, out, lse, layout,
+        scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
+    none = q.new_empty(0)
+    dbias = none if grads.key_bias is None else grads.key_bias
+    dslopes = q.new_empty(0) if grads.alibi_slopes is None else grads.alibi_slopes
+    return grads.q, grads.k, grads.v, dbias, dslopes
+
+
+@_attention_backward.register_fake
+def _attention_backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    layout_tensors: list[Tensor],
+    layout_numbers: list[int],
+    scale: float,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    dbias = q.new_empty(0) if key_bias is None else torch.empty_like(key_bias)
+    dslopes = q.new_empty(0) if alibi_slopes is None else torch.empty_like(alibi_slopes)
+    return like[0], like[1], like[2], dbias, dslopes
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, key_bias, alibi_slopes, tensors, numbers, scale, engine = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, key_bias, alibi_slopes, *tensors)
+    ctx.numbers, ctx.scale, ctx.engine = numbers, scale, engine
+    ctx.set_materialize_grads(True)
+
+
+def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+    q, k, v, out, lse, key_bias, alibi_slopes, *tensors = ctx.saved_tensors
+    dq, dk, dv, dbias, dslopes = torch.ops.gigasparse.attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, key_bias, alibi_slopes,
+        tensors, ctx.numbers, ctx.scale, ctx.engine,
+    )  # fmt: skip
+    return (
+        dq, dk, dv,
+        None if key_bias is None else dbias,
+        None if alibi_slopes is None else dslopes,
+        [None] * len(tensors), None, None, None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("gigasparse::attention", _differentiate, setup_context=_save)
+
+
+def _register_autocast(library: torch.library.Library, device_type: str, key: str) -> None:
+    """Under autocast, take q, k and v in its dtype; the engines themselves run without it."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        with torch.amp.autocast(device_type, enabled=False):
+            result: tuple[Tensor, ...] = torch.ops.gigasparse.attention(*cast, *rest)
+        return result
+
+    def attention_backward(*inputs: object) -> tuple[Tensor, ...]:
+        with torch.amp.autocast(device_type, enabled=False):
+            result: tuple[Tensor, ...] = torch.ops.gigasparse.attention_backward(*inputs)
+        return result
+
+    library.impl("attention", attention, key)
+    library.impl("attention_backward", attention_backward, key)
+
+
+_LIBRARY = torch.library.Library("gigasparse", "FRAGMENT")  # dropped kernels would unregister
+_register_autocast(_LIBRARY, "cpu", "AutocastCPU")
+_register_autocast(_LIBRARY, "cuda", "AutocastCUDA")
+
+
+def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
+    """Split a layout into tensors and numbers; only the shapes of tensors depend on lengths."""
+    tensors: list[Tensor] = [
+        layout.query_coords, layout.key_coords, layout.query_flags, layout.key_flags,
+        layout.group_of,
+    ]  # fmt: skip
+    numbers = [len(layout.parts)]
+    for part in layout.parts:
+        for blocks in (part.queries, part.keys):
+            tensors += [blocks.start, blocks.count, blocks.order]
+            numbers += [blocks.stride, blocks.size]
+        for lists in (part.rows, part.columns):
+            tensors += [lists.ptr, lists.full, lists.index, lists.tile]
+        tensors.append(part.tiles)
+        numbers += [len(part.program), *part.program]
+    return tensors, numbers
+
+
+def _unflatten(tensors: list[Tensor], numbers: list[int]) -> BlockLayout:
+    """Undo `_flatten`; lengths and the pattern's text are not needed by engines."""
+    from sparse_core.blocking import Blocks
+    from sparse_core.layout import Lists, Part
+
+    flat, rest = iter(tensors), iter(numbers)
+    query_coords, key_coords, query_flags, key_flags, group_of = (next(flat) for _ in range(5))
+    parts = []
+    for _ in range(next(rest)):
+        sides, lists = [], []
+        for _ in range(2):
+            start, count, order = next(flat), next(flat), next(flat)
+            sides.append(Blocks(start, count, order, next(rest), next(rest)))
+        for _ in range(2):
+            lists.append(Lists(next(flat), next(flat), next(flat), next(flat)))
+        program = tuple(next(rest) for _ in range(next(rest)))
+        parts.append(Part(sides[0], sides[1], lists[0], lists[1], next(flat), program))
+    none = query_coords.new_empty(0)
+    return BlockLayout(
+        tuple(parts), query_coords, key_coords, query_flags, key_flags, none, none, group_of, ""
+    )
+
+
+def _run_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    scale: float,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    counts = torch.stack([layout.counts(group) for group in range(layout.num_groups)])
+    if layout.group_of.numel():
+        shared = q.shape[2] // k.shape[2]
+        counts = counts[layout.group_of.long()].repeat_interleave(shared, dim=1)
+    alibi = None
+    if alibi_slopes is not None:
+        distance = coordinate_distance(layout.query_coords, layout.key_coords, q.dtype)
+        alibi = -alibi_slopes[:, None, None] * distance
+    return reference_attention(q, k, v, counts, scale=scale, key_bias=key_bias, alibi=alibi)
+
+
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
+        raise ValueError(f"q is [B, Tq, H, D], k and v are [B, Tk, Hkv, D]; got {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q and k need equal B and D, and H a multiple of Hkv; got {shapes}")
+    if q.shape[1] != layout.num_queries or k.shape[1] != layout.num_keys:
+        raise ValueError(
+            f"the layout is for {layout.num_queries} x {layout.num_keys} tokens; got {shapes}"
+        )
+    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"q, k and v need one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.device != layout.device or k.device != layout.device or v.device != layout.device:
+        raise ValueError(
+            f"q, k, v are on {q.device}, {k.device}, {v.device}, the layout on {layout.device}; "
+            "move it with layout.to(device)"
+        )
+    if key_bias is not None and key_bias.shape != k.shape[:2]:
+        raise ValueError(f"key_bias is [B, Tk] = {tuple(k.shape[:2])}; got {tuple(key_bias.shape)}")
+    if alibi_slopes is not None and alibi_slopes.shape != q.shape[2:3]:
+        raise ValueError(f"alibi_slopes is [H] = [{q.shape[2]}]; got {tuple(alibi_slopes.shape)}")
+    if layout.group_of.numel() and tuple(layout.group_of.shape) != (k.shape[0], k.shape[2]):
+        raise ValueError(
+            f"group_of is [B, Hkv] = {(k.shape[0], k.shape[2])}; got {tuple(layout.group_of.shape)}"
+        )
