@@ -1,0 +1,1 @@
+"""Slides and DNA through one sparse-attention core."""

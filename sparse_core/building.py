@@ -1,7 +1,7 @@
 """From a pattern and coordinates to a BlockLayout."""
 
 from dataclasses import dataclass, field
-from math import gcd
+from math import gcd, prod
 
 import torch
 from jaxtyping import Bool, Int
@@ -75,7 +75,8 @@ def build_layout(
     earlier: list[Clause] = []
     for plan in _plan_parts(clauses):
         sides = _Sides(query, query_segment, key, key_segment, len(lengths))
-        layout_parts.append(_build_part(plan, earlier, sides, members, size))
+        part_size = _part_block_size(plan, size, sides) if block_size is None else size
+        layout_parts.append(_build_part(plan, earlier, sides, members, part_size))
         earlier += plan.clauses
     return BlockLayout(
         parts=tuple(part for part in layout_parts if part is not None),
@@ -173,6 +174,13 @@ def _choose_block_size(clauses: list[Clause], query: Tokens, key: Tokens) -> int
     return size
 
 
+def _part_block_size(plan: _Plan, size: int, sides: _Sides) -> int:
+    """Do not make blocks larger than the tokens of a residue class."""
+    stride = prod(term.stride for term in plan.classes)
+    longest = max(_largest(sides.query.length), _largest(sides.key.length))
+    return max(MIN_BLOCK, min(size, _power_of_two(-(-longest // stride))))
+
+
 def _is_narrow(clause: Clause) -> bool:
     return any(isinstance(t, QueryIn | KeyIn | Listed | Congruent) for t in clause)
 
@@ -245,11 +253,11 @@ def _cut_side(
     group = segment
     for term in classes:
         group = group * term.stride + term.residue(tokens.coords)
-    chosen = members.contains(tokens.index) if members else None
-    if members or classes:
-        selected = group if chosen is None else group[chosen]
-        longest = _largest(torch.bincount(selected)) if selected.numel() else 0
-        size = max(MIN_BLOCK, min(size, _power_of_two(longest)))
+    chosen = None
+    if members:
+        chosen = members.contains(tokens.index)
+        most = _power_of_two(members.first + len(members.positions))
+        size = max(MIN_BLOCK, min(size, most))
     return cut(group, size=size, members=chosen, in_order=not classes)
 
 

@@ -1,0 +1,1 @@
+"""From FASTA files to sequence classifiers."""

@@ -24,4 +24,17 @@ PATTERNS: dict[str, type[Pattern]] = {
     )
 }
 
-__all__ = ["PATTERNS", "Intersection", "Pattern", "Union", *PATTERNS]
+__all__ = [
+    "PATTERNS",
+    "BlockList",
+    "Causal",
+    "Dense",
+    "DilatedWindow",
+    "GlobalTokens",
+    "Intersection",
+    "Pattern",
+    "RandomBlocks",
+    "SlidingWindow",
+    "Strided",
+    "Union",
+]

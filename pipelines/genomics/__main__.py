@@ -1,0 +1,31 @@
+"""`python -m pipelines.genomics {train,predict} [KEY=VALUE ...]`."""
+
+from pipelines.shared.cli import Verb, main
+
+VERBS = {
+    "train": Verb(
+        summary="Train a sequence classifier on your FASTA file, or on built-in DNA, and score it.",
+        config="genomics_train",
+        function="pipelines.genomics.train:train",
+        path_keys=("fasta", "labels", "out", "store", "data_root"),
+        selects={"fasta": "data=fasta"},
+        examples=(
+            "",
+            "fasta=RECORDS.fa.gz labels=LABELS.tsv out=runs/mine",
+            "pattern=bigbird model=base",
+            "--multirun pattern=dense,sliding_window",
+            "fasta=GENOMES.fa labels=LABELS.tsv experiment=whole_genomes",
+        ),
+    ),
+    "predict": Verb(
+        summary="Predict the records of a FASTA file with a trained model.",
+        config="genomics_predict",
+        function="pipelines.genomics.predict:predict",
+        path_keys=("fasta", "ckpt", "out", "store"),
+        required=("fasta", "ckpt"),
+        examples=("fasta=RECORDS.fa.gz ckpt=runs/genomics/model.ckpt out=predictions",),
+    ),
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main("genomics", VERBS))

@@ -1,0 +1,122 @@
+"""Inputs and tolerances for tests of anything that computes attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sparse_core.reference import reference_attention
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Allowed relative error of each dtype; the absolute part scales with the inputs."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of one attention call, with the gradients that flow into its two results."""
+
+    q: Float[Tensor, "B Tq H D"]
+    k: Float[Tensor, "B Tk Hkv D"]
+    v: Float[Tensor, "B Tk Hkv D"]
+    key_bias: Float[Tensor, "B Tk"]
+    alibi_slopes: Float[Tensor, "H"]
+    grad_out: Float[Tensor, "B Tq H D"]
+    grad_lse: Float[Tensor, "B H Tq"]
+
+
+def make_inputs(
+    num_queries: int,
+    num_keys: int | None = None,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Draw normal inputs, rounded to `dtype` so that a float64 reference sees the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    num_keys = num_queries if num_keys is None else num_keys
+    kv_heads = kv_heads or heads
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return Inputs(
+        draw(batch, num_queries, heads, head_dim),
+        draw(batch, num_keys, kv_heads, head_dim),
+        draw(batch, num_keys, kv_heads, head_dim),
+        draw(batch, num_keys),
+        draw(heads).abs() * 0.1,
+        draw(batch, num_queries, heads, head_dim),
+        draw(batch, heads, num_queries),
+    )
+
+
+Attention = Callable[..., tuple[Tensor, Tensor]]
+"""(q, k, v, key_bias, alibi_slopes) to (out, lse)."""
+
+RESULTS = ("out", "lse", "dq", "dk", "dv", "dkey_bias", "dalibi_slopes")
+
+
+def run_with_gradients(attention: Attention, inputs: Inputs) -> dict[str, Tensor]:
+    """Compute results and all gradients; a log-sum-exp of -inf takes no gradient."""
+    names = ("q", "k", "v", "key_bias", "alibi_slopes")
+    leaves = [getattr(inputs, name).detach().clone().requires_grad_() for name in names]
+    out, lse = attention(*leaves)
+    finite = torch.isfinite(lse)
+    loss = (out * inputs.grad_out.to(out.dtype)).sum()
+    loss = loss + (torch.where(finite, lse, 0) * inputs.grad_lse.to(lse.dtype)).sum()
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    found = [out, lse, *gradients]
+    shapes = [None, None, *leaves]
+    filled = [torch.zeros_like(s) if x is None else x for x, s in zip(found, shapes, strict=True)]
+    return dict(zip(RESULTS, (x.detach() for x in filled), strict=True))
+
+
+def reference_results(
+    inputs: Inputs, mask: Bool[Tensor, "*G Tq Tk"], distance: Float[Tensor, "Tq Tk"]
+) -> dict[str, Tensor]:
+    """Compute what is right, in float64."""
+    exact = Inputs(*(getattr(inputs, name).double() for name in Inputs.__dataclass_fields__))
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor, slopes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        alibi = -slopes[:, None, None] * distance.double()
+        return reference_attention(q, k, v, mask, key_bias=bias, alibi=alibi)
+
+    return run_with_gradients(attention, exact)
+
+
+def assert_close(
+    found: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    inputs: Inputs,
+    *,
+    scale: float | None = None,
+) -> None:
+    """Hold results to `tolerance * |expected| + eps * |dO| |V| |K| * scale`, elementwise.
+
+    The norms are the largest of single tokens' vectors, times the root of the number of terms in a
+    sum; slopes sum over all pairs, each weighted by its distance. Infinite log-sum-exps must agree.
+    """
+    dtype = inputs.q.dtype
+    scale = inputs.q.shape[-1] ** -0.5 if scale is None else scale
+    norms = [float(x.double().norm(dim=-1).amax()) for x in (inputs.grad_out, inputs.v, inputs.k)]
+    tokens = max(inputs.k.shape[1], inputs.q.shape[1], 1)
+    unit = torch.finfo(dtype).eps * max(1.0, norms[0] * norms[1] * norms[2] * scale) * tokens**0.5
+    for name, wanted in expected.items():
+        got = found[name].double()
+        assert not got.isnan().any(), f"{name} holds NaN"
+        finite = torch.isfinite(wanted)
+        assert torch.equal(torch.isfinite(got), finite), f"{name}: infinities differ"
+        error = (got - wanted)[finite].abs()
+        slack = unit * tokens if name == "dalibi_slopes" else unit
+        allowed = TOLERANCE[dtype] * wanted[finite].abs() + slack
+        worst = float((error / allowed).max()) if error.numel() else 0.0
+        assert worst <= 1, f"{name}: error is {worst:.2f} times what {dtype} allows"

@@ -1,0 +1,139 @@
+"""Real files: what they hold is known, and what is wrong with them is said."""
+
+import gzip
+import time
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+import pytest
+from Bio import SeqIO, bgzf
+
+from pipelines.genomics.alphabet import decode
+from pipelines.genomics.baseline import fit_kmer_baseline
+from pipelines.genomics.data import WindowDataset, match_labels
+from pipelines.genomics.genome import read_fasta
+from pipelines.genomics.store import ingest
+from pipelines.shared.errors import InputError
+
+pytestmark = pytest.mark.real_data
+
+
+@pytest.fixture
+def genomes(real_data):
+    return real_data / "genomes"
+
+
+def test_human_mitochondrion_equals_biopython(genomes):
+    (record,) = read_fasta(genomes / "human_MT.fa")
+    expected = SeqIO.read(genomes / "human_MT.fa", "fasta")
+    assert record.id == expected.id
+    assert decode(record.tokens) == str(expected.seq).upper()
+    assert (record.tokens.size, record.lower) == (16_569, 1)
+
+
+def test_yeast_is_ingested(genomes, tmp_path):
+    store = ingest(genomes / "yeast_R64-1-1.dna.toplevel.fa.gz", tmp_path / "yeast")
+    assert len(store) == 17
+    assert store.counts.bases == store.lengths.sum() == 12_157_105
+    index = pd.read_csv(
+        genomes / "yeast_R64-1-1.dna.toplevel.fa.gz.fai", sep="\t", header=None, dtype={0: str}
+    )
+    assert index[0].tolist() == list(store.ids)
+    assert index[1].tolist() == store.lengths.tolist()
+    dataset = WindowDataset(store, range(17), context=100_000, overlap=1_000)
+    assert set(dataset.lengths) == {100_000, 85_779}
+
+
+def test_soft_masked_letters_are_counted(genomes, tmp_path):
+    store = ingest(genomes / "celegans_augustus_chrI_1Mb_softmasked.fa.gz", tmp_path / "worm")
+    assert store.counts.lower == 268_286
+
+
+def test_incorrect_characters_are_named(genomes):
+    path = genomes / "messy_quast_incorrect_chars_in_sequence.fasta"
+    with pytest.raises(InputError) as caught:
+        list(read_fasta(path))
+    assert "record 1 ('contig1'): 'f' at position 74" in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_tiny_contigs_and_lonely_n_are_read(genomes):
+    tiny = list(read_fasta(genomes / "messy_quast_contigs_tiny.fasta"))
+    assert [record.tokens.size for record in tiny] == [70, 24]
+    (lonely,) = read_fasta(genomes / "messy_quast_only_Ns_in_sequence.fasta")
+    assert set(decode(lonely.tokens)) == {"N"}
+    assert lonely.tokens.size == 616
+    assert len(list(read_fasta(genomes / "nucleus_unindexed_emptylines.fasta"))) == 3
+
+
+@pytest.mark.parametrize("name", ["human_hg38_1m.fa.gz", "yeast_R64-1-1.dna.toplevel.fa.gz"])
+def test_real_block_gzip_cut_at_a_block_boundary_is_refused(genomes, tmp_path, name):
+    with (genomes / name).open("rb") as handle:
+        starts = [start for start, *_ in bgzf.BgzfBlocks(handle)]
+    cut = tmp_path / "cut.fa.bgz"
+    cut.write_bytes((genomes / name).read_bytes()[: starts[len(starts) // 2]])
+    with gzip.open(cut) as handle:
+        assert handle.read().startswith(b">")  # gzip alone notices nothing
+    with pytest.raises(InputError, match="without its end marker"):
+        list(read_fasta(cut))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("human_hg38_1m.fa.gz.gzi", "binary"),
+        ("human_chr20_1mb1kgp.vcf.gz", "text before the first record"),
+        ("phix174_NC_001422.gbk", "GenBank"),
+        ("jbrowse_T_ko.2bit", "2bit"),
+        ("gue_tf0_dev.csv.gz", "text before the first record"),
+    ],
+)
+def test_other_formats_are_refused(genomes, name, message):
+    with pytest.raises(InputError, match=message):
+        list(read_fasta(genomes / name))
+
+
+@pytest.fixture
+def mitochondria(genomes, tmp_path):
+    """Sequences and classes of the first 300 genomes of the vertebrate task."""
+    labels = pd.read_csv(genomes / "mldsp_labels.tsv.gz", sep="\t", dtype=str)
+    labels = labels[labels["task"] == "Vertebrates"].rename(
+        columns={"record_id": "id", "class": "label"}
+    )
+    wanted = set(labels["id"])
+    records = read_fasta(genomes / "mldsp_mito_pool.fasta.gz")
+    chosen = list(islice((record for record in records if record.id in wanted), 300))
+    records.close()
+    fasta = tmp_path / "mito.fa.gz"
+    with gzip.open(fasta, "wt", compresslevel=1) as handle:
+        handle.writelines(f">{record.id}\n{decode(record.tokens)}\n" for record in chosen)
+    return fasta, labels
+
+
+def test_mitochondrial_genomes_become_whole_examples(mitochondria, tmp_path):
+    fasta, labels = mitochondria
+    store = ingest(fasta, tmp_path / "store")
+    match = match_labels(store, labels)
+    assert len(store) == len(match.records) == 300
+    assert match.unlabelled == ()
+    assert len(match.unknown) == len(labels) - 300
+    dataset = WindowDataset(store, match.records, context=32_768)
+    assert len(dataset) == 300
+    assert dataset.lengths == store.lengths.tolist()
+
+
+def test_words_tell_vertebrate_classes_in_seconds(mitochondria, tmp_path):
+    fasta, labels = mitochondria
+    store = ingest(fasta, tmp_path / "store")
+    match = match_labels(store, labels)
+    names = labels["label"].iloc[match.rows]
+    targets = pd.factorize(names, sort=True)[0]
+    order = np.random.default_rng(0).permutation(300)
+    train, test = order[:200], order[200:]
+    start = time.monotonic()
+    prediction = fit_kmer_baseline(
+        (store.read(i) for i in train), targets[train], (store.read(i) for i in test)
+    )
+    assert time.monotonic() - start < 10
+    assert (prediction.predicted == targets[test]).mean() > 0.85

@@ -1,0 +1,362 @@
+import resource
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+
+from sparse_core import (
+    build_layout,
+    concat,
+    merge,
+    merge_attention,
+    sparse_attention,
+    stack,
+)
+from sparse_core.ops import _flatten
+from sparse_core.patterns import (
+    BlockList,
+    Causal,
+    Dense,
+    DilatedWindow,
+    GlobalTokens,
+    Pattern,
+    RandomBlocks,
+    SlidingWindow,
+    Strided,
+)
+from sparse_core.reference import coordinate_distance, reference_attention
+from sparse_core.testing import (
+    Inputs,
+    assert_close,
+    make_inputs,
+    reference_results,
+    run_with_gradients,
+)
+
+PATTERNS = [
+    Dense(),
+    Causal(),
+    SlidingWindow(5),
+    SlidingWindow(left=40, right=0),
+    DilatedWindow(3, 4),
+    Strided(3, block=16),
+    GlobalTokens(2, (50,)),
+    RandomBlocks(2, 16),
+    BlockList(((0, 1), (2, 0)), 16),
+    SlidingWindow(20) | GlobalTokens(2) | RandomBlocks(2, 16),
+    (SlidingWindow(20) | DilatedWindow(5, 7) | GlobalTokens(1)) & Causal(),
+]
+BACKENDS = ("blockwise", "reference")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(
+    pattern: Pattern, inputs: Inputs, segments: list[int] | None, backend: str = "blockwise"
+) -> None:
+    tokens = inputs.q.shape[1]
+    layout = build_layout(pattern, tokens, segments=segments)
+    distance = coordinate_distance(layout.query_coords, layout.key_coords, torch.float64)
+    mask = pattern.mask(tokens, segments=segments)
+    expected = reference_results(inputs, mask, distance)
+    found = run_with_gradients(
+        lambda q, k, v, bias, slopes: sparse_attention(
+            q, k, v, layout, key_bias=bias, alibi_slopes=slopes, backend=backend, return_lse=True
+        ),
+        inputs,
+    )
+    assert_close(found, expected, inputs)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blockwise_against_float64(pattern: Pattern, dtype: torch.dtype) -> None:
+    for tokens, (heads, kv_heads) in product((1, 2, 63, 129), ((2, 2), (6, 2), (4, 1))):
+        inputs = make_inputs(tokens, batch=2, heads=heads, kv_heads=kv_heads, dtype=dtype)
+        check(pattern, inputs, None)
+        segments = [tokens // 3, 0, tokens - tokens // 3 - tokens // 5, tokens // 5]
+        check(pattern, inputs, segments)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_blockwise_at_a_thousand_tokens(pattern: Pattern, dtype: torch.dtype) -> None:
+    inputs = make_inputs(1000, heads=4, kv_heads=2, dtype=dtype)
+    check(pattern, inputs, None)
+    check(pattern, inputs, [511, 1, 488])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_reference_backend_agrees(pattern: Pattern) -> None:
+    check(pattern, make_inputs(63, heads=4, kv_heads=2, dtype=torch.float64), None, "reference")
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 48, 72, 96, 128, 256])
+def test_head_dims(head_dim: int) -> None:
+    check(PATTERNS[-2], make_inputs(129, head_dim=head_dim), None)
+
+
+@pytest.mark.parametrize("pattern", [SlidingWindow(2), SlidingWindow(1) | GlobalTokens(3)], ids=str)
+def test_two_dimensions(pattern: Pattern) -> None:
+    coords = torch.randint(0, 9, (150, 2), generator=torch.Generator().manual_seed(1))
+    inputs = make_inputs(150, heads=4, kv_heads=2)
+    layout = build_layout(pattern, coords, segments=[90, 60])
+    distance = coordinate_distance(coords, coords, torch.float64)
+    expected = reference_results(inputs, pattern.mask(coords, segments=[90, 60]), distance)
+    found = run_with_gradients(
+        lambda q, k, v, bias, slopes: sparse_attention(
+            q, k, v, layout, key_bias=bias, alibi_slopes=slopes, return_lse=True
+        ),
+        inputs,
+    )
+    assert_close(found, expected, inputs)
+
+
+def test_rectangular() -> None:
+    pattern = SlidingWindow(9) | GlobalTokens(2)
+    inputs = make_inputs(70, 130, heads=4, kv_heads=2)
+    layout = build_layout(pattern, 70, 130, segments=[30, 40], key_segments=[100, 30])
+    mask = pattern.mask(70, 130, segments=[30, 40], key_segments=[100, 30])
+    distance = coordinate_distance(layout.query_coords, layout.key_coords, torch.float64)
+    found = run_with_gradients(
+        lambda q, k, v, bias, slopes: sparse_attention(
+            q, k, v, layout, key_bias=bias, alibi_slopes=slopes, return_lse=True
+        ),
+        inputs,
+    )
+    assert_close(found, reference_results(inputs, mask, distance), inputs)
+
+
+def test_query_without_keys_returns_zero() -> None:
+    inputs = make_inputs(64)
+    layout = build_layout(BlockList(((0, 0),), 16), 64)
+    found = run_with_gradients(
+        lambda q, k, v, bias, slopes: sparse_attention(q, k, v, layout, return_lse=True), inputs
+    )
+    assert (found["out"][:, 16:] == 0).all()
+    assert (found["lse"][..., 16:] == -torch.inf).all()
+    for name in ("dq", "dk", "dv"):
+        assert (found[name][:, 16:] == 0).all()
+        assert found[name][:, :16].any()
+
+
+def test_no_keys_at_all() -> None:
+    inputs = make_inputs(0)
+    layout = build_layout(SlidingWindow(3), 0)
+    assert sparse_attention(inputs.q, inputs.k, inputs.v, layout).shape == inputs.q.shape
+
+
+@pytest.mark.parametrize("at", [0, 40, 99])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Causal(),
+        SlidingWindow(left=30, right=0),
+        (SlidingWindow(9) | RandomBlocks(2, 16)) & Causal(),
+    ],
+    ids=str,
+)
+def test_causal_patterns_leak_nothing(pattern: Pattern, at: int) -> None:
+    inputs = make_inputs(100)
+    layout = build_layout(pattern, 100)
+    before = sparse_attention(inputs.q, inputs.k, inputs.v, layout)
+    for x in (inputs.q, inputs.k, inputs.v):
+        x[:, at:] += 100 * torch.randn_like(x[:, at:])
+    after = sparse_attention(inputs.q, inputs.k, inputs.v, layout)
+    assert torch.equal(before[:, :at], after[:, :at])
+    assert not torch.equal(before[:, at:], after[:, at:])
+
+
+def test_sequences_do_not_see_each_other() -> None:
+    inputs = make_inputs(100)
+    layout = build_layout(Dense(), 100, segments=[60, 40])
+    q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    sparse_attention(q, k, v, layout)[:, :60].sum().backward()
+    for x in (q, k, v):
+        assert (x.grad[:, 60:] == 0).all()
+
+
+def test_packed_equals_alone() -> None:
+    pattern = SlidingWindow(7) | GlobalTokens(2)
+    inputs = make_inputs(150)
+    layouts = [build_layout(pattern, n, block_size=16) for n in (50, 100)]
+    packed = sparse_attention(inputs.q, inputs.k, inputs.v, concat(layouts))
+    alone = [
+        sparse_attention(*(x[:, part] for x in (inputs.q, inputs.k, inputs.v)), layout)
+        for part, layout in zip((slice(0, 50), slice(50, 150)), layouts, strict=True)
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-6)
+
+
+def test_heads_with_lists_of_their_own() -> None:
+    patterns = [RandomBlocks(1, 16, seed=s) for s in range(3)]
+    group_of = torch.tensor([[0, 2], [1, 1]])
+    layout = stack([build_layout(p, 100) for p in patterns], group_of)
+    masks = torch.stack([p.mask(100) for p in patterns])[group_of].repeat_interleave(2, 1)
+    inputs = make_inputs(100, batch=2, heads=4, kv_heads=2)
+    expected = reference_results(inputs, masks, torch.zeros(100, 100))
+    for backend in BACKENDS:
+        found = run_with_gradients(
+            lambda q, k, v, bias, slopes, backend=backend: sparse_attention(
+                q, k, v, layout, key_bias=bias, backend=backend, return_lse=True
+            ),
+            inputs,
+        )
+        expected["dalibi_slopes"] = torch.zeros_like(expected["dalibi_slopes"])
+        assert_close(found, expected, inputs)
+
+
+def test_merge_attention_joins_disjoint_keys() -> None:
+    inputs = make_inputs(80, dtype=torch.float64)
+    near, far = SlidingWindow(9), DilatedWindow(6, 10)
+    joined = near | far
+    parts = [build_layout(near, 80), build_layout(far, 80), build_layout(near & far, 80)]
+
+    def attention(q, k, v, bias, slopes):
+        results = [
+            sparse_attention(q, k, v, layout, key_bias=bias, return_lse=True) for layout in parts
+        ]
+        (o1, l1), (o2, l2), _ = results
+        return merge_attention([o1, o2], [l1, l2])
+
+    whole = merge([parts[0], parts[1]])
+    expected = run_with_gradients(
+        lambda q, k, v, bias, slopes: reference_attention(
+            q, k, v, near.mask(80).int() + far.mask(80).int(), key_bias=bias
+        ),
+        inputs,
+    )
+    assert_close(run_with_gradients(attention, inputs), expected, inputs)
+    merged = run_with_gradients(
+        lambda q, k, v, bias, slopes: sparse_attention(
+            q, k, v, whole, key_bias=bias, return_lse=True
+        ),
+        inputs,
+    )
+    assert_close(merged, expected, inputs)
+    assert int(joined.mask(80).sum()) < int(whole.counts().sum())
+
+
+def test_merge_attention_of_nothing_is_zero() -> None:
+    out = torch.zeros(1, 3, 2, 4, requires_grad=True)
+    lse = torch.full((1, 2, 3), -torch.inf)
+    joined, joined_lse = merge_attention([out, out], [lse, lse])
+    assert (joined == 0).all()
+    assert (joined_lse == -torch.inf).all()
+    joined.sum().backward()
+    assert (out.grad == 0).all()
+
+
+@pytest.mark.parametrize("pattern", [PATTERNS[1], PATTERNS[-2], PATTERNS[-1]], ids=str)
+def test_gradcheck(pattern: Pattern) -> None:
+    inputs = make_inputs(19, heads=2, kv_heads=1, head_dim=3, dtype=torch.float64)
+    layout = build_layout(pattern, 19, segments=[12, 7])
+    leaves = [inputs.q, inputs.k, inputs.v, inputs.key_bias, inputs.alibi_slopes]
+    keep = torch.isfinite(sparse_attention(*leaves[:3], layout, return_lse=True)[1])
+
+    def attention(q, k, v, bias, slopes):
+        out, lse = sparse_attention(
+            q, k, v, layout, key_bias=bias, alibi_slopes=slopes, return_lse=True
+        )
+        return out, lse[keep]
+
+    assert torch.autograd.gradcheck(attention, [x.requires_grad_() for x in leaves])
+
+
+def test_opcheck() -> None:
+    layout = build_layout(SlidingWindow(9) | GlobalTokens(2), 70)
+    inputs = make_inputs(70, heads=4, kv_heads=2)
+    tensors, numbers = _flatten(layout)
+    q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    bias, slopes = inputs.key_bias.requires_grad_(), inputs.alibi_slopes.requires_grad_()
+    op = torch.ops.gigasparse.attention.default
+    for extras in ((None, None), (bias, slopes)):
+        torch.library.opcheck(op, (q, k, v, *extras, tensors, numbers, 0.3, "blockwise"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_and_gradients_come_back(dtype: torch.dtype) -> None:
+    inputs = make_inputs(70)
+    layout = build_layout(SlidingWindow(9), 70)
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    with torch.autocast("cpu", dtype=dtype):
+        out = sparse_attention(*leaves, layout)
+        assert out.dtype == dtype
+        out.float().sum().backward()
+    assert leaves[0].grad.dtype == torch.float32
+    plain = sparse_attention(*(x.detach() for x in leaves), layout)
+    torch.testing.assert_close(out.float(), plain, rtol=0.05, atol=0.05)
+
+
+def test_runs_are_bit_identical() -> None:
+    inputs = make_inputs(500, heads=4)
+    layout = build_layout(PATTERNS[-2], 500)
+    runs = [
+        run_with_gradients(
+            lambda q, k, v, bias, slopes: sparse_attention(
+                q, k, v, layout, key_bias=bias, return_lse=True
+            ),
+            inputs,
+        )
+        for _ in range(5)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], runs[0][name]) for name in run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 70, 4)}, r"\[B, Tq, H, D\]"),
+        ({"q": torch.zeros(1, 71, 4, 16)}, "layout is for 70 x 70"),
+        ({"q": torch.zeros(1, 70, 3, 16)}, "multiple of Hkv"),
+        ({"q": torch.zeros(1, 70, 4, 16, dtype=torch.float64)}, "one floating dtype"),
+        ({"key_bias": torch.zeros(70)}, "key_bias is"),
+        ({"alibi_slopes": torch.zeros(2)}, "alibi_slopes is"),
+        ({"backend": "flash"}, "backend is auto"),
+    ],
+)
+def test_misuse_is_named(change: dict[str, object], message: str) -> None:
+    layout = build_layout(SlidingWindow(3), 70)
+    inputs = make_inputs(70, heads=4, kv_heads=2)
+    arguments = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "layout": layout, **change}
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_named_engine_that_cannot_run_raises() -> None:
+    inputs = make_inputs(4)
+    with pytest.raises(RuntimeError, match="triton"):
+        sparse_attention(inputs.q, inputs.k, inputs.v, build_layout(Dense(), 4), backend="triton")
+
+
+MEMORY = """
+import resource, torch
+from sparse_core import build_layout, sparse_attention
+from sparse_core.patterns import SlidingWindow
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+tokens = 65_536
+small = [torch.randn(1, 256, 4, 64, requires_grad=True) for _ in range(3)]
+sparse_attention(*small, build_layout(SlidingWindow(256), 256)).sum().backward()
+q, k, v = (torch.randn(1, tokens, 4, 64, requires_grad=True) for _ in range(3))
+grad = torch.randn(1, tokens, 4, 64)
+gradients = [torch.ones_like(x) for x in (q, k, v)]
+layout = build_layout(SlidingWindow(256), tokens)
+before = peak()
+del gradients
+out = sparse_attention(q, k, v, layout)
+out.backward(grad)
+print(peak() - before)
+"""
+
+
+def test_memory_is_that_of_the_stored_blocks() -> None:
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert int(run.stdout) < 0.5 * 2**30
