@@ -27,7 +27,7 @@ from sparse_core.patterns.terms import (
     simplify,
 )
 
-MIN_BLOCK = 16
+MIN_BLOCK, SMALL_BLOCK = 16, 32
 MAX_PAIRS = 2**21
 """Above so many pairs of blocks, blocks grow instead."""
 TILE_PAIRS = 2**24
@@ -50,7 +50,7 @@ def build_layout(
     each sequence. Without `key_coords` queries and keys are the same tokens. `segments` are the
     lengths of packed sequences, which never see each other; `key_segments` those of the keys.
     `block_size` is chosen from the pattern if not given: 128 in one dimension, 64 in more, fewer
-    for short sequences, more where lists would outgrow 2**21 entries.
+    for small windows and short sequences, more where lists would outgrow 2**21 entries.
 
     Cost is proportional to tokens plus stored blocks; memory likewise. Tokens that are near in
     coordinates should be near in order (a Hilbert curve on tissue), or many blocks are touched.
@@ -161,15 +161,14 @@ def _plan_parts(clauses: list[Clause]) -> list[_Plan]:
 
 
 def _choose_block_size(clauses: list[Clause], query: Tokens, key: Tokens) -> int:
+    """About a window's tokens, within limits: larger blocks visit pairs that no one keeps."""
     dims = query.coords.shape[-1]
     longest = max(_largest(query.length), _largest(key.length))
-    size = 128 if dims == 1 else 64
+    reach = max((_reach(clause, dims) for clause in clauses if not _is_narrow(clause)), default=0)
+    window = _power_of_two(reach // 2 + 1) if reach else UNBOUNDED
+    size = max(SMALL_BLOCK, min(128 if dims == 1 else 64, window))
     size = max(MIN_BLOCK, min(size, _power_of_two(longest)))
-    if dims > 1:
-        return size
-    reach = max((_reach(clause) for clause in clauses if not _is_narrow(clause)), default=0)
-    keys_seen = min(longest, reach)
-    while (query.index.shape[0] // size) * (keys_seen // size) > MAX_PAIRS:
+    while dims == 1 and (query.index.shape[0] // size) * (min(longest, reach) // size) > MAX_PAIRS:
         size *= 2
     return size
 
@@ -185,9 +184,10 @@ def _is_narrow(clause: Clause) -> bool:
     return any(isinstance(t, QueryIn | KeyIn | Listed | Congruent) for t in clause)
 
 
-def _reach(clause: Clause) -> int:
-    intervals = [t for t in clause if isinstance(t, Interval)]
-    return min((t.high - t.low for t in intervals), default=UNBOUNDED)
+def _reach(clause: Clause, dims: int) -> int:
+    """Count the positions that a query sees if all of them are there."""
+    spans = {t.axis: t.high - t.low + 1 for t in clause if isinstance(t, Interval)}
+    return min(prod(spans.values()), UNBOUNDED) if len(spans) == dims else UNBOUNDED
 
 
 def _largest(values: Tensor) -> int:

@@ -109,7 +109,8 @@ def assert_close(
     scale = inputs.q.shape[-1] ** -0.5 if scale is None else scale
     norms = [float(x.double().norm(dim=-1).amax()) for x in (inputs.grad_out, inputs.v, inputs.k)]
     tokens = max(inputs.k.shape[1], inputs.q.shape[1], 1)
-    unit = torch.finfo(dtype).eps * max(1.0, norms[0] * norms[1] * norms[2] * scale) * tokens**0.5
+    terms = tokens * inputs.q.shape[2] // inputs.k.shape[2]
+    unit = torch.finfo(dtype).eps * max(1.0, norms[0] * norms[1] * norms[2] * scale) * terms**0.5
     for name, wanted in expected.items():
         got = found[name].double()
         assert not got.isnan().any(), f"{name} holds NaN"

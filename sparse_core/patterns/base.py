@@ -67,10 +67,10 @@ class Pattern:
         return self.allows(query.as_rows(), key.as_columns()) & same
 
     def __or__(self, other: "Pattern") -> "Pattern":
-        return Union((self, other)) if isinstance(other, Pattern) else NotImplemented
+        return _compose(Union, self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __and__(self, other: "Pattern") -> "Pattern":
-        return Intersection((self, other)) if isinstance(other, Pattern) else NotImplemented
+        return _compose(Intersection, self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __repr__(self) -> str:
         values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))  # type: ignore[arg-type]
@@ -99,12 +99,6 @@ class Union(Pattern):
 
     parts: tuple[Pattern, ...]
 
-    def __post_init__(self) -> None:
-        flat: list[Pattern] = []
-        for part in self.parts:
-            flat.extend(part.parts if isinstance(part, Union) else [part])
-        object.__setattr__(self, "parts", tuple(dict.fromkeys(flat)))
-
     def terms(self, dims: int) -> tuple[Clause, ...]:
         """Put the alternatives of all parts side by side."""
         return tuple(clause for part in self.parts for clause in part.terms(dims))
@@ -119,12 +113,6 @@ class Intersection(Pattern):
 
     parts: tuple[Pattern, ...]
 
-    def __post_init__(self) -> None:
-        flat: list[Pattern] = []
-        for part in self.parts:
-            flat.extend(part.parts if isinstance(part, Intersection) else [part])
-        object.__setattr__(self, "parts", tuple(dict.fromkeys(flat)))
-
     def terms(self, dims: int) -> tuple[Clause, ...]:
         """Join each alternative of one part with each of the next."""
         clauses: tuple[Clause, ...] = ((),)
@@ -135,6 +123,15 @@ class Intersection(Pattern):
 
     def __repr__(self) -> str:
         return " & ".join(f"({p!r})" if isinstance(p, Union) else repr(p) for p in self.parts)
+
+
+def _compose(kind: "type[Union | Intersection]", *given: Pattern) -> Pattern:
+    """Join without brackets inside brackets, and without repeats."""
+    flat: list[Pattern] = []
+    for pattern in given:
+        flat.extend(pattern.parts if isinstance(pattern, kind) else [pattern])
+    parts = tuple(dict.fromkeys(flat))
+    return parts[0] if len(parts) == 1 else kind(parts)
 
 
 @dataclass(frozen=True, slots=True)

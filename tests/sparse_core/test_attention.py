@@ -72,7 +72,7 @@ def check(
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blockwise_against_float64(pattern: Pattern, dtype: torch.dtype) -> None:
-    for tokens, (heads, kv_heads) in product((1, 2, 63, 129), ((2, 2), (6, 2), (4, 1))):
+    for tokens, (heads, kv_heads) in product((1, 2, 63, 129), ((2, 2), (4, 2))):
         inputs = make_inputs(tokens, batch=2, heads=heads, kv_heads=kv_heads, dtype=dtype)
         check(pattern, inputs, None)
         segments = [tokens // 3, 0, tokens - tokens // 3 - tokens // 5, tokens // 5]
@@ -82,9 +82,8 @@ def test_blockwise_against_float64(pattern: Pattern, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_blockwise_at_a_thousand_tokens(pattern: Pattern, dtype: torch.dtype) -> None:
-    inputs = make_inputs(1000, heads=4, kv_heads=2, dtype=dtype)
-    check(pattern, inputs, None)
-    check(pattern, inputs, [511, 1, 488])
+    check(pattern, make_inputs(1000, heads=4, kv_heads=1, dtype=dtype), None)
+    check(pattern, make_inputs(1000, heads=2, dtype=dtype), [511, 1, 488])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -250,8 +249,8 @@ def test_merge_attention_of_nothing_is_zero() -> None:
 
 @pytest.mark.parametrize("pattern", [PATTERNS[1], PATTERNS[-2], PATTERNS[-1]], ids=str)
 def test_gradcheck(pattern: Pattern) -> None:
-    inputs = make_inputs(19, heads=2, kv_heads=1, head_dim=3, dtype=torch.float64)
-    layout = build_layout(pattern, 19, segments=[12, 7])
+    inputs = make_inputs(11, heads=2, kv_heads=1, head_dim=2, dtype=torch.float64)
+    layout = build_layout(pattern, 11, segments=[7, 4])
     leaves = [inputs.q, inputs.k, inputs.v, inputs.key_bias, inputs.alibi_slopes]
     keep = torch.isfinite(sparse_attention(*leaves[:3], layout, return_lse=True)[1])
 
