@@ -1,0 +1,1 @@
+"""From slide files to slide classifiers."""

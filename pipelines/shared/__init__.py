@@ -1,0 +1,1 @@
+"""What both pipelines use: batches, training, checkpoints, inference, scores, command line."""

@@ -29,8 +29,8 @@ class SequenceClassifier(nn.Module):
 
     The stem turns inputs into tokens. Registers (Darcet et al. 2024) go in front of each sequence:
     as many as the pattern's `GlobalTokens(first=...)` asks for, at coordinate 0. After the encoder
-    the tokens, without the registers, are pooled; with `depth=0` and attention pooling this is
-    ABMIL (Ilse et al. 2018, equation 9, the gated form).
+    the head reads the pooled tokens plus the mean of the registers. With `depth=0` and attention
+    pooling this is ABMIL (Ilse et al. 2018, equation 9, the gated form).
 
     `pattern` is a pattern's text, or a list with one for each layer; None leaves attention out.
     """
@@ -80,10 +80,11 @@ class SequenceClassifier(nn.Module):
         lengths = batch.lengths.to(x.device)
         segment = torch.arange(lengths.numel(), device=x.device).repeat_interleave(lengths)
         place = torch.arange(x.shape[0], device=x.device) + (segment + 1) * self.num_registers
-        encoded = self.encoder(
-            self._with_registers(x, place, lengths)[None], self.build_layouts(batch)
-        )[0]
+        joined = self._with_registers(x, place, lengths)
+        encoded = self.encoder(joined[None], self.build_layouts(batch))[0]
         pooled, attention = self.pool(encoded[place], segment, lengths.numel())
+        if self.num_registers:
+            pooled = pooled + encoded[self._register_places(lengths)].mean(1)
         return NetworkOutput(self.head(pooled), attention)
 
     def build_layouts(self, batch: PackedBatch) -> tuple[BlockLayout, ...]:
@@ -105,12 +106,14 @@ class SequenceClassifier(nn.Module):
         if not self.num_registers:
             return x
         total = x.shape[0] + lengths.numel() * self.num_registers
-        width = lengths + self.num_registers
-        first = width.cumsum(0) - width
-        inner = torch.arange(self.num_registers, device=x.device)
         joined = x.new_zeros(total, x.shape[1]).index_copy(0, place, x)
         registers = self.registers.to(x.dtype).repeat(lengths.numel(), 1)
-        return joined.index_copy(0, (first[:, None] + inner).flatten(), registers)
+        return joined.index_copy(0, self._register_places(lengths).flatten(), registers)
+
+    def _register_places(self, lengths: Int64[Tensor, " S"]) -> Int64[Tensor, "S R"]:
+        width = lengths + self.num_registers
+        first = width.cumsum(0) - width
+        return first[:, None] + torch.arange(self.num_registers, device=lengths.device)
 
 
 class SequencePooling(nn.Module):

@@ -1,0 +1,273 @@
+"""`train`: from a FASTA file and labels to a model, scored beside its baselines."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pipelines.genomics.baseline import fit_kmer_baseline
+from pipelines.genomics.data import (
+    WindowDataset,
+    average_windows,
+    match_labels,
+    read_label_table,
+)
+from pipelines.genomics.model import DnaClassifier
+from pipelines.genomics.store import SequenceStore, ingest
+from pipelines.genomics.synthetic import MotifPlan, write_dataset
+from pipelines.shared.checkpoint import save_model
+from pipelines.shared.errors import InputError
+from pipelines.shared.fit import FitSettings
+from pipelines.shared.inference import Prediction
+from pipelines.shared.metrics import Score, format_table
+from pipelines.shared.record import RunState, finish_run, is_main_process, open_run
+from pipelines.shared.splits import assign_splits
+from pipelines.shared.study import (
+    DECIMALS,
+    Contender,
+    Probabilities,
+    Result,
+    TestSet,
+    run_contender,
+    summarise,
+)
+from pipelines.shared.tables import Failure, write_failures, write_table
+from pipelines.shared.task import balanced_weights
+
+TASK = "genomics"
+BASELINES = {
+    "kmer": "4-mer logistic regression",
+    "window": "window alone",
+    "shuffled": "shuffled positions",
+}
+
+
+def train(config: dict[str, Any]) -> int:
+    """Train and score; 0, or 3 if records or labels stayed without a partner."""
+    unknown = sorted(set(config["baselines"]) - set(BASELINES))
+    if unknown:
+        raise InputError(f"baselines must be of {', '.join(BASELINES)}; got {', '.join(unknown)}")
+    settings = FitSettings.from_config(config)
+    fasta, labels = _input_files(config)
+    out = Path(config["out"])
+    if open_run(out, config) is RunState.FINISHED:
+        print((out / "summary.txt").read_text(encoding="utf-8"))
+        print(f"{out} holds this finished run; give another out= to train again")
+        return 0
+    table = read_label_table(labels)
+    store = ingest(fasta, Path(config["store"] or out / "store"))
+    print(f"{len(store):,} records, {sum(store.lengths):,} bases; {store.counts}")
+    study = _Study(config, settings, store, table, out)
+    return study.run()
+
+
+def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
+    if config["fasta"]:
+        if not config["labels"]:
+            raise InputError("fasta= needs labels=TABLE with the columns id and label")
+        return Path(config["fasta"]), Path(config["labels"])
+    if config["labels"]:
+        raise InputError("labels= needs fasta=FILE with the records they name")
+    data = config["data"]
+    names = {f.name for f in fields(MotifPlan)}
+    plan = MotifPlan(**{key: value for key, value in data.items() if key in names})
+    sizes = {key: data[key] for key in ("num_train", "num_val", "num_test", "seed")}
+    return write_dataset(Path(config["data_root"]) / "genomics" / "synthetic", plan, **sizes)
+
+
+class _Study:
+    """One run: data by split, the model, its baselines, and what is written of them."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        settings: FitSettings,
+        store: SequenceStore,
+        table: pd.DataFrame,
+        out: Path,
+    ) -> None:
+        self.config, self.settings, self.store, self.out = config, settings, store, out
+        match = match_labels(store, table)
+        for note in match.notes():
+            print(f"note: {note}")
+        self.failures = _partnerless(match.unlabelled, match.unknown, config)
+        rows = table.iloc[match.rows]
+        given = rows["split"].tolist() if "split" in rows else None
+        self.classes = sorted(rows["label"].unique())
+        self.targets = np.array([self.classes.index(label) for label in rows["label"]])
+        self.records = match.records
+        self.groups = rows["group"].tolist()
+        splits = assign_splits(
+            ids=rows["id"].tolist(),
+            labels=rows["label"].tolist(),
+            groups=self.groups,
+            given=given,
+            val_fraction=config["val_fraction"],
+            test_fraction=config["test_fraction"],
+            seed=config["seed"],
+        )
+        self.rows = {name: np.flatnonzero(np.array(splits) == name) for name in _SPLITS}
+        counts = ", ".join(f"{name} {len(self.rows[name]):,}" for name in _SPLITS)
+        print(f"{len(self.classes)} classes ({', '.join(self.classes)}); records: {counts}")
+        test = self.rows["test"]
+        self.test = TestSet(
+            [store.ids[int(record)] for record in self.records[test]],
+            self.targets[test].tolist(),
+            [self.groups[row] for row in test],
+        )
+
+    def run(self) -> int:
+        """Train everything, print the comparison, write the model and the run's record."""
+        model = self._train("model", self._architecture())
+        results, scores = {"model": model}, {"model": model.scores}
+        for name in self.config["baselines"]:
+            if name == "kmer":
+                scores[name] = self._kmer_scores()
+                continue
+            results[name] = self._train_baseline(name)
+            scores[name] = results[name].scores
+        if is_main_process():
+            self._write(results, scores)
+        return 3 if self.failures else 0
+
+    def _architecture(self, **changes: object) -> dict[str, Any]:
+        return {
+            **self.config["model"],
+            "pattern": self.config["pattern"]["expression"],
+            "num_classes": len(self.classes),
+            **changes,
+        }
+
+    def _train_baseline(self, name: str) -> Result:
+        if name == "window":
+            alone = f"SlidingWindow(radius={self.config['window']})"
+            return self._train(name, self._architecture(pattern=alone))
+        return self._train(name, self._architecture(), shuffle_positions=True)
+
+    def _train(
+        self, name: str, architecture: dict[str, Any], *, shuffle_positions: bool = False
+    ) -> Result:
+        def windows(split: str, *, augment: bool = False) -> WindowDataset:
+            rows = self.rows[split]
+            return WindowDataset(
+                self.store,
+                self.records[rows],
+                self.targets[rows],
+                context=self.config["context"],
+                overlap=self.config["overlap"],
+                reverse_complement=augment and self.config["reverse_complement"],
+                shuffle_positions=shuffle_positions,
+                seed=self.config["seed"],
+            )
+
+        contender = Contender(
+            lambda: DnaClassifier(**architecture),
+            windows("train", augment=True),
+            windows("val"),
+            windows("test"),
+        )
+        weights = None
+        if self.config["task"]["class_weights"] == "balanced":
+            weights = balanced_weights(
+                self.targets[self.rows["train"]].tolist(), num_classes=len(self.classes)
+            )
+        return run_contender(
+            name,
+            contender,
+            out=self.out,
+            settings=self.settings,
+            test=self.test,
+            class_weights=weights,
+            collect=self._by_record,
+        )
+
+    def _by_record(self, predictions: Iterable[Prediction]) -> Probabilities:
+        """Average the logits of each record's windows; one row per test record, in its order."""
+        records, probabilities = record_probabilities(predictions)
+        row_of = {record: row for row, record in enumerate(records)}
+        order = [row_of[int(record)] for record in self.records[self.rows["test"]]]
+        return probabilities[order]
+
+    def _kmer_scores(self) -> dict[str, Score]:
+        def sequences(split: str) -> Iterable[Any]:
+            return (self.store.read(int(record)) for record in self.records[self.rows[split]])
+
+        known = self.targets[self.rows["train"]]
+        fitted = fit_kmer_baseline(sequences("train"), known, sequences("test"))
+        probabilities = np.zeros((len(self.test.ids), len(self.classes)))
+        probabilities[:, fitted.classes] = fitted.probabilities
+        return self.test.score(probabilities)
+
+    def _write(self, results: dict[str, Result], scores: dict[str, dict[str, Score]]) -> None:
+        model = results["model"]
+        checkpoint = self.out / "model.ckpt"
+        metadata = {
+            "classes": self.classes,
+            "context": self.config["context"],
+            "overlap": self.config["overlap"],
+            "data": self.store.fingerprint,
+        }
+        assert isinstance(model.network, DnaClassifier)
+        save_model(checkpoint, model.network, task=TASK, metadata=metadata)
+        predictions = probability_table(self.test.ids, model.probabilities, self.classes)
+        predictions.insert(1, "label", [self.classes[target] for target in self.test.targets])
+        write_table(self.out / "predictions.tsv", predictions)
+        write_failures(self.out / "failures.csv", self.failures, id_column="id")
+        titles = {"model": "window + registers"} | BASELINES
+        titles["model"] = f"model ({self.config['pattern']['expression']})"
+        text = format_table({titles[name]: row for name, row in scores.items()})
+        summary = (
+            f"{len(self.test.ids):,} test records, 95 % intervals over records\n{text}\n\n"
+            f"model        {checkpoint}\n"
+            f"predictions  {self.out / 'predictions.tsv'}\n"
+            f"metrics      {self.out / 'metrics.json'}\n"
+            f"predict with  python -m pipelines.genomics predict fasta=FILE ckpt={checkpoint} "
+            f"out=FOLDER\n"
+        )
+        (self.out / "summary.txt").write_text(summary, encoding="utf-8")
+        metrics = summarise(scores, results)
+        finish_run(
+            self.out, {"classes": self.classes, "test_records": len(self.test.ids), **metrics}
+        )
+        print(f"\n{summary}")
+        if self.failures:
+            print(f"{len(self.failures):,} without a partner: {self.out / 'failures.csv'}")
+
+
+_SPLITS = ("train", "val", "test")
+
+
+def record_probabilities(predictions: Iterable[Prediction]) -> tuple[list[int], Probabilities]:
+    """Average the logits of each record's windows and turn them into probabilities."""
+    found = list(predictions)
+    logits = torch.stack([prediction.logits for prediction in found])
+    records = torch.tensor([prediction.record for prediction in found])
+    unique, averaged = average_windows(logits, records)
+    return unique.tolist(), averaged.double().softmax(-1).numpy()
+
+
+def probability_table(
+    ids: list[str], probabilities: Probabilities, classes: list[str]
+) -> pd.DataFrame:
+    """Columns id, prediction and one probability per class, rounded as in all saved tables."""
+    rounded = probabilities.round(DECIMALS)
+    table = pd.DataFrame({"id": ids})
+    table["prediction"] = [classes[best] for best in rounded.argmax(1)]
+    for column, name in enumerate(classes):
+        table[f"probability_{name}"] = rounded[:, column]
+    return table
+
+
+def _partnerless(
+    unlabelled: tuple[str, ...], unknown: tuple[str, ...], config: dict[str, Any]
+) -> list[Failure]:
+    label = "add a row with its id to the labels"
+    record = "remove the row, or give the record that it names"
+    return [
+        *(Failure(i, str(config["fasta"]), "no_label", "no label", label) for i in unlabelled),
+        *(Failure(i, str(config["labels"]), "no_record", "no record", record) for i in unknown),
+    ]

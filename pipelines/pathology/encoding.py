@@ -1,0 +1,435 @@
+"""Turn tiles into feature vectors: built-in statistics, or any timm or torch network."""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from PIL import Image
+
+from pipelines.shared.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+_STATS_REVISION = 1
+_QUANTILES = (0.05, 0.5, 0.95)
+_SCALES = (1, 2, 4)
+_STAIN_BINS = 256
+# Ruifrok and Johnston 2001: haematoxylin and eosin in optical density, and their residual
+_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+_STAIN_RANGE = (-0.3, 1.2)
+# the eight neighbours of a pixel, once around
+_RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
+
+
+class TileEncoder(Protocol):
+    """Maps tiles to vectors; equal `name` and `fingerprint` mean equal features.
+
+    `in_workers` tells whether copies may run in worker processes (cheap to send, one thread).
+    """
+
+    name: str
+    dim: int
+    fingerprint: str
+    in_workers: bool
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        """Encode uint8 RGB [n, h, w, 3] as float32 [n, dim]."""
+        ...
+
+
+def build_encoder(name: str, **options: object) -> TileEncoder:
+    """Make an encoder by name: `stats`, `timm` or `torch`, with its own options.
+
+    Raises InputError for an unknown name or option, and lists the right ones.
+    """
+    encoders: dict[str, Callable[..., TileEncoder]] = {
+        "stats": StatsEncoder,
+        "timm": TimmEncoder,
+        "torch": TorchEncoder,
+    }
+    if name not in encoders:
+        raise InputError(f"unknown encoder {name!r}; choose one of: {', '.join(encoders)}")
+    known = inspect.signature(encoders[name]).parameters
+    wrong = [option for option in options if option not in known]
+    missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
+    if wrong or missing:
+        found = f"unknown option {wrong[0]!r}" if wrong else f"option {missing[0]!r} is missing"
+        raise InputError(f"encoder {name!r}: {found}; its options are: {', '.join(known)}")
+    return encoders[name](**options)
+
+
+class StatsEncoder:
+    """Stain and texture statistics; needs no weights and no download.
+
+    Colour: mean, spread and quantiles of R, G, B and of the haematoxylin and eosin densities
+    (Ruifrok and Johnston 2001), optical densities. Texture at three scales: gradient and Laplacian
+    energy, local spread, correlation of neighbours, rotation-invariant local binary patterns
+    (Ojala et al. 2002).
+
+    With `grey` each tile is reduced to grey values of zero mean and unit spread, and only the
+    texture numbers are given: nothing of colour, brightness or contrast enters.
+
+    A tile's numbers come from its own integer sums, so they do not depend on its batch.
+    """
+
+    in_workers = True
+
+    def __init__(self, grey: bool = False) -> None:
+        self.grey = bool(grey)
+        self.name = "stats_grey" if grey else "stats"
+        self.fingerprint = f"{self.name}-{_STATS_REVISION}"
+        self.dim = self(np.zeros((1, 32, 32, 3), dtype=np.uint8)).shape[1]
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        """Encode uint8 RGB [n, h, w, 3], h and w at least 16, as float32 [n, dim]."""
+        _check_tiles(tiles)
+        tiles = np.ascontiguousarray(tiles)
+        grey = _luma(tiles)
+        blocks = _texture(grey, standardise=self.grey)
+        if not self.grey:
+            blocks = _colour(tiles) + blocks
+        return np.stack(blocks, axis=1).astype(np.float32)
+
+
+class _ModuleEncoder:
+    """Runs a torch module on normalised tiles, in this process."""
+
+    in_workers = False
+
+    def __init__(
+        self,
+        module: "torch.nn.Module",
+        name: str,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        input_px: int | None,
+        device: str,
+        batch_size: int,
+    ) -> None:
+        import torch
+
+        self.name = name
+        self._module = module.eval().requires_grad_(False).to(device)
+        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+        self._input_px, self._device, self._batch_size = input_px, device, batch_size
+        self.fingerprint = _module_digest(module, (mean, std, input_px))
+        side = input_px or 224
+        self.dim = self(np.zeros((1, side, side, 3), dtype=np.uint8)).shape[1]
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        """Encode uint8 RGB [n, h, w, 3] as float32 [n, dim]."""
+        _check_tiles(tiles)
+        starts = range(0, len(tiles), self._batch_size)
+        parts = [self._encode(tiles[start : start + self._batch_size]) for start in starts]
+        return np.concatenate(parts)
+
+    def _encode(self, tiles: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            x = torch.from_numpy(np.ascontiguousarray(tiles)).to(self._device)
+            x = (x.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+            if self._input_px is not None and x.shape[-1] != self._input_px:
+                size = (self._input_px, self._input_px)
+                x = torch.nn.functional.interpolate(x, size, mode="bicubic", antialias=True)
+            out = self._module(x)
+        if not isinstance(out, torch.Tensor) or out.ndim != 2:
+            shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise InputError(
+                f"encoder {self.name!r} must map [n, 3, h, w] to [n, dim]; it gave {shape}"
+            )
+        return out.float().cpu().numpy()
+
+
+class TimmEncoder(_ModuleEncoder):
+    """A timm model without its classifier; needs the extra `encoders`.
+
+    `model` is timm's name. `weights` is a local `.safetensors` or torch file; without it timm
+    fetches its pretrained weights.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        weights: str | Path | None = None,
+        device: str = "cpu",
+        batch_size: int = 64,
+    ) -> None:
+        timm = _import_timm()
+        if not timm.is_model(model):
+            near = ", ".join(timm.list_models(f"*{model}*")[:5]) or "see timm.list_models()"
+            raise InputError(f"timm has no model {model!r}; similar: {near}")
+        try:
+            module = timm.create_model(model, pretrained=weights is None, num_classes=0)
+        except (OSError, RuntimeError) as error:
+            message = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"timm cannot make {model!r}: {message}; without a network give weights=FILE"
+            ) from error
+        if weights is not None:
+            _load_weights(module, Path(weights))
+        data = timm.data.resolve_model_data_config(module)
+        super().__init__(
+            module,
+            f"timm_{model}".replace("/", "_"),
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            input_px=int(data["input_size"][-1]),
+            device=device,
+            batch_size=batch_size,
+        )
+
+
+class TorchEncoder(_ModuleEncoder):
+    """Your own network: `factory` is `package.module:function`, which returns a torch module.
+
+    The module maps normalised float [n, 3, h, w] to [n, dim]. `weights` is a local
+    `.safetensors` or torch state dict. Tiles keep their size unless `input_px` is given.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        weights: str | Path | None = None,
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        input_px: int | None = None,
+        device: str = "cpu",
+        batch_size: int = 64,
+    ) -> None:
+        module = _call_factory(factory)
+        if weights is not None:
+            _load_weights(module, Path(weights))
+        super().__init__(
+            module,
+            f"torch_{factory.replace(':', '.')}",
+            mean=tuple(mean),
+            std=tuple(std),
+            input_px=input_px,
+            device=device,
+            batch_size=batch_size,
+        )
+
+
+def _check_tiles(tiles: np.ndarray) -> None:
+    if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3:
+        raise ValueError(f"tiles must be uint8 [n, h, w, 3]; got {tiles.dtype} {tiles.shape}")
+    if min(tiles.shape[1:3]) < 16:
+        raise ValueError(f"tiles must be at least 16 px a side; got {tiles.shape}")
+
+
+def _luma(tiles: np.ndarray) -> np.ndarray:
+    """Grey values uint8 [n, h, w]."""
+    n, height, width, _ = tiles.shape
+    column = Image.fromarray(tiles.reshape(n * height, width, 3))
+    return np.asarray(column.convert("L")).reshape(n, height, width)
+
+
+def _halve(grey: np.ndarray) -> np.ndarray:
+    """Mean of 2 x 2 pixels of [n, h, w]; an odd last row or column is left out."""
+    height, width = grey.shape[1] // 2 * 2, grey.shape[2] // 2 * 2
+    wide = grey[:, :height, :width].astype(np.uint16)
+    total = wide[:, ::2, ::2] + wide[:, 1::2, ::2] + wide[:, ::2, 1::2] + wide[:, 1::2, 1::2]
+    return ((total + 2) >> 2).astype(np.uint8)
+
+
+def _colour(tiles: np.ndarray) -> list[np.ndarray]:
+    """Columns [n] from histograms of R, G, B and of the two stains."""
+    channels = [tiles[..., c] for c in range(3)]
+    blocks: list[np.ndarray] = []
+    density = -np.log10((np.arange(256) + 1) / 256)
+    for channel in channels:
+        counts = _histogram(channel)
+        blocks += _summary(counts, np.arange(256) / 255)
+        blocks += _moments(counts, density)
+    small = np.stack([_halve(channel) for channel in channels])
+    unmix = np.linalg.inv(_STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True))
+    low, high = _STAIN_RANGE
+    centres = low + (np.arange(_STAIN_BINS) + 0.5) * (high - low) / _STAIN_BINS
+    for stain in range(2):
+        # fixed point, so that no rounding depends on how the loop is vectorised
+        step = (high - low) / _STAIN_BINS / 256
+        tables = np.rint(density[:, None] * unmix[:, stain] / step).astype(np.int32)
+        value = sum(tables[:, c][small[c]] for c in range(3)) - round(low / step)
+        bins = np.clip(value >> 8, 0, _STAIN_BINS - 1).astype(np.uint8)
+        blocks += _summary(_histogram(bins), centres)
+    return blocks
+
+
+def _texture(grey: np.ndarray, *, standardise: bool) -> list[np.ndarray]:
+    """Columns [n] of texture of uint8 [n, h, w] at three scales."""
+    blocks: list[np.ndarray] = []
+    unit = np.full(len(grey), 255.0)
+    for scale in _SCALES:
+        if scale > 1:
+            grey = _halve(grey)
+        variance = _variance(grey)
+        if standardise and scale == 1:
+            unit = np.sqrt(np.where(variance > 0, variance, 1.0))
+        if scale > 1 or not standardise:  # the unit itself otherwise
+            blocks.append(np.sqrt(variance) / unit)
+        blocks += _energies(grey, variance, unit)
+        if scale < _SCALES[-1]:
+            blocks += _binary_patterns(grey)
+    return blocks
+
+
+def _energies(grey: np.ndarray, variance: np.ndarray, unit: np.ndarray) -> list[np.ndarray]:
+    wide = grey.astype(np.int16)
+    right = wide[:, :, 1:] - wide[:, :, :-1]
+    down = wide[:, 1:] - wide[:, :-1]
+    laplacian = right[:, 1:-1, 1:] - right[:, 1:-1, :-1] + down[:, 1:, 1:-1] - down[:, :-1, 1:-1]
+    square = (_mean_square(right) + _mean_square(down)) / 2
+    return [
+        (_mean_size(right) + _mean_size(down)) / 2 / unit,
+        np.sqrt(square) / unit,
+        np.sqrt(_mean_square(laplacian)) / unit,
+        # correlation of neighbours, from E[(a - b)^2] = 2 var (1 - r)
+        1 - np.minimum(square / 2 / np.maximum(variance, 1e-12), 2.0),
+    ]
+
+
+def _binary_patterns(grey: np.ndarray) -> list[np.ndarray]:
+    """Shares of the ten uniform rotation-invariant patterns of eight neighbours."""
+    height, width = grey.shape[1:]
+    centre = grey[:, 1:-1, 1:-1]
+    code = np.zeros(centre.shape, dtype=np.uint8)
+    for bit, (dy, dx) in enumerate(_RING):
+        neighbour = grey[:, 1 + dy : height - 1 + dy, 1 + dx : width - 1 + dx]
+        code |= (neighbour >= centre).view(np.uint8) << np.uint8(bit)
+    shares = _histogram(code) / (centre.shape[1] * centre.shape[2])
+    return [_row_sum(shares[:, kind == _UNIFORM]) for kind in range(10)]
+
+
+def _uniform_patterns() -> np.ndarray:
+    """Class of each code: number of set bits if they are one run, else 9."""
+    codes = np.arange(256)
+    bits = codes[:, None] >> np.arange(8) & 1
+    changes = (bits != np.roll(bits, 1, axis=1)).sum(axis=1)
+    return np.where(changes <= 2, bits.sum(axis=1), 9)
+
+
+_UNIFORM = _uniform_patterns()
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """Counts int64 [n, 256] of uint8 [n, ...]."""
+    return np.stack([np.bincount(tile.ravel(), minlength=256) for tile in values])
+
+
+def _summary(counts: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+    """Mean, spread and quantiles [n] of a distribution `counts` [n, bins] over `values`."""
+    cumulated = counts.cumsum(axis=1)
+    total = cumulated[:, -1:]
+    quantiles = [values[(cumulated < q * total).sum(axis=1)] for q in _QUANTILES]
+    return [*_moments(counts, values), *quantiles]
+
+
+def _moments(counts: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+    total = counts.sum(axis=1)
+    mean = _row_sum(counts * values) / total
+    square = _row_sum(counts * (values - mean[:, None]) ** 2) / total
+    return [mean, np.sqrt(square)]
+
+
+def _row_sum(values: np.ndarray) -> np.ndarray:
+    """Sum [n, m] along m from left to right: each row alike, whatever n is."""
+    return values.cumsum(axis=1, dtype=np.float64)[:, -1]
+
+
+def _mean_size(values: np.ndarray) -> np.ndarray:
+    flat = np.abs(values).reshape(len(values), -1)
+    return flat.sum(axis=1, dtype=np.int64) / flat.shape[1]
+
+
+def _mean_square(values: np.ndarray) -> np.ndarray:
+    # whole numbers below 2**53: the order of a float64 sum does not matter
+    flat = values.reshape(len(values), -1).astype(np.float64)
+    return np.einsum("ij,ij->i", flat, flat) / flat.shape[1]
+
+
+def _variance(grey: np.ndarray) -> np.ndarray:
+    flat = grey.reshape(len(grey), -1)
+    mean = flat.sum(axis=1, dtype=np.int64) / flat.shape[1]
+    return np.maximum(_mean_square(flat) - mean**2, 0.0)
+
+
+def _import_timm() -> ModuleType:
+    if importlib.util.find_spec("timm") is None:
+        raise InputError("encoder 'timm' needs timm: pip install -e '.[encoders]'")
+    try:
+        return importlib.import_module("timm")
+    except (ImportError, RuntimeError, OSError) as error:
+        raise InputError(
+            f"timm is installed but cannot be imported: {error}; "
+            "its torchvision must be of the same build (CPU or CUDA) and release as torch"
+        ) from error
+
+
+def _load_weights(module: "torch.nn.Module", path: Path) -> None:
+    import torch
+
+    if not path.is_file():
+        raise InputError(f"encoder weights {path} do not exist; check weights=FILE")
+    try:
+        if path.suffix == ".safetensors":
+            state = _load_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state.get("state_dict", state))
+    except InputError:
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"encoder weights {path} do not fit the model: {message}; give a plain state dict "
+            "of this architecture (.safetensors or .pt)"
+        ) from error
+
+
+def _load_safetensors(path: Path) -> "dict[str, torch.Tensor]":
+    if importlib.util.find_spec("safetensors") is None:
+        raise InputError(
+            f"reading {path} needs safetensors; install it with: pip install -e '.[encoders]'"
+        )
+    state: dict[str, torch.Tensor] = importlib.import_module("safetensors.torch").load_file(path)
+    return state
+
+
+def _call_factory(factory: str) -> "torch.nn.Module":
+    import torch
+
+    module_name, _, function = factory.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), function)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"encoder factory {factory!r} cannot be called: {error}; "
+            "give `package.module:function`, importable from here"
+        ) from error
+    if not isinstance(made, torch.nn.Module):
+        raise InputError(f"encoder factory {factory!r} gave {type(made).__name__}, no torch module")
+    return made
+
+
+def _module_digest(module: "torch.nn.Module", settings: object) -> str:
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=_byte_type()).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _byte_type() -> "torch.dtype":
+    import torch
+
+    return torch.uint8

@@ -1,0 +1,31 @@
+"""Show how far a loop has come: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def track(items: Iterable[T], *, total: int, label: str, enabled: bool) -> Iterator[T]:
+    """Yield `items` and report on standard error."""
+    if not enabled or total == 0:
+        yield from items
+    elif sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=label, unit="slide", file=sys.stderr)
+    else:
+        yield from _with_lines(items, total, label)
+
+
+def _with_lines(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    start = last = time.monotonic()
+    for count, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if count == total or now - last >= _SECONDS_BETWEEN_LINES:
+            print(f"{label}: {count}/{total} slides, {now - start:.0f} s", file=sys.stderr)
+            last = now

@@ -1,0 +1,165 @@
+"""Examples, their packing into one batch without padding, and batches by token budget."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, overload
+
+import torch
+from jaxtyping import Int64, Shaped
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One sequence of tokens, with the coordinates that patterns speak of.
+
+    `inputs` are features or token numbers, `group` is what must stay in one split (a patient),
+    `record` the row of the table that the sequence comes from (a slide, a DNA record).
+    """
+
+    inputs: Shaped[Tensor, "T ..."]
+    coords: Int64[Tensor, "T P"]
+    target: int | None
+    id: str
+    group: str
+    record: int
+
+
+class Examples(Protocol):
+    """A map-style data set that knows the length of every example without reading it."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each example."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class ExampleList(Sequence[Example]):
+    """Hold examples in memory."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = list(examples)
+        self.lengths = [len(example.inputs) for example in self._examples]
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "ExampleList": ...
+
+    def __getitem__(self, index: int | slice) -> "Example | ExampleList":
+        if isinstance(index, slice):
+            return ExampleList(self._examples[index])
+        return self._examples[index]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """Sequences laid end to end; `lengths` says where each one stops."""
+
+    inputs: Shaped[Tensor, "T ..."]
+    coords: Int64[Tensor, "T P"]
+    lengths: Int64[Tensor, " S"]
+    targets: Int64[Tensor, " S"] | None
+    ids: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """Move inputs, coordinates and targets; layouts need `lengths` on the host."""
+        return replace(
+            self,
+            inputs=self.inputs.to(device),
+            coords=self.coords.to(device),
+            targets=None if self.targets is None else self.targets.to(device),
+        )
+
+
+def pack(examples: list[Example]) -> PackedBatch:
+    """Concatenate examples along the token axis.
+
+    Raises ValueError for no examples, an example without tokens, or targets on some only.
+    """
+    if not examples:
+        raise ValueError("a batch needs at least one example")
+    for example in examples:
+        if len(example.inputs) == 0 or len(example.inputs) != len(example.coords):
+            raise ValueError(
+                f"an example needs tokens, each with coordinates; {example.id!r} has "
+                f"{len(example.inputs)} tokens and {len(example.coords)} coordinates"
+            )
+    targets = [example.target for example in examples if example.target is not None]
+    if targets and len(targets) != len(examples):
+        raise ValueError(f"{len(examples) - len(targets)} of {len(examples)} targets are missing")
+    return PackedBatch(
+        inputs=torch.cat([example.inputs for example in examples]),
+        coords=torch.cat([example.coords for example in examples]),
+        lengths=torch.tensor([len(example.inputs) for example in examples]),
+        targets=torch.tensor(targets) if targets else None,
+        ids=tuple(example.id for example in examples),
+    )
+
+
+class TokenBudgetBatches(Sampler[list[int]]):
+    """Fill batches up to a number of tokens; every example comes exactly once per epoch.
+
+    Examples come in order, or shuffled by `seed` and epoch. One that is longer than the budget is a
+    batch of its own. With `num_ranks` > 1 each rank gets every num_ranks-th batch and the first
+    batches come again at the end, so that all ranks take the same number of steps.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        max_tokens: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1; got {max_tokens}")
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank must lie in [0, num_ranks); got {rank=}, {num_ranks=}")
+        self._lengths = list(lengths)
+        self._max_tokens = max_tokens
+        self._shuffle = shuffle
+        self._seed = seed
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order (without shuffling all epochs are equal)."""
+        order = list(range(len(self._lengths)))
+        if self._shuffle:
+            generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        batches = _fill(order, self._lengths, self._max_tokens)
+        missing = -len(batches) % self._num_ranks
+        batches += [batches[index % len(batches)] for index in range(missing)]
+        self._batches = batches[self._rank :: self._num_ranks]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def _fill(order: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    room = 0
+    for index in order:
+        if not batches or lengths[index] > room:
+            batches.append([])
+            room = max_tokens
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches

@@ -1,0 +1,454 @@
+"""One training run: batches, selection on validation, resuming, loggers, on Lightning's Trainer."""
+
+import importlib
+import importlib.util
+import logging
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Never, TypeVar, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from pipelines.shared.batch import Example, Examples, TokenBudgetBatches, pack
+from pipelines.shared.errors import InputError
+from pipelines.shared.optim import OptimSettings
+from pipelines.shared.task import ClassificationTask
+
+SAVE_SECONDS = 10.0  # at least this long between two states on disk
+
+Network = TypeVar("Network", bound=nn.Module)
+Select = Literal["loss", "auroc", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """How to train; the names are those of the configuration.
+
+    With `steps` the number of epochs follows: as many whole ones as hold at least so many steps.
+    `select` chooses the weights that are kept: the epoch with the lowest validation loss, with the
+    highest validation AUROC, or the last. `patience` stops after so many epochs without a better
+    one. `save_last` keeps the state in `last.ckpt`, from which the same run goes on.
+    """
+
+    epochs: int
+    max_tokens: int
+    seed: int = 0
+    steps: int | None = None
+    num_workers: int = 0
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    logger: str = "none"
+    select: Select = "loss"
+    patience: int | None = None
+    save_last: bool = True
+    progress: bool = True
+    accelerator: str = "cpu"
+    devices: int | str = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    accumulate: int = 1
+    gradient_clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "max_tokens", "steps", "patience", "accumulate"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise InputError(f"{key} must be at least 1; got {value}")
+        if self.num_workers < 0:
+            raise InputError(f"num_workers must not be negative; got {self.num_workers}")
+        if self.select not in ("loss", "auroc", "last"):
+            raise InputError(f"callbacks.select must be loss, auroc or last; got {self.select!r}")
+        if self.logger not in LOGGERS:
+            raise InputError(f"logger must be one of {', '.join(LOGGERS)}; got {self.logger!r}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "FitSettings":
+        """Take the settings from a verb's configuration."""
+        own = ("epochs", "max_tokens", "seed", "steps", "num_workers")
+        return cls(
+            **{key: config[key] for key in own},
+            **config["callbacks"],
+            **config["trainer"],
+            optim=OptimSettings(**config["optim"]),
+            logger=config["logger"]["name"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """What a training run took and reached; scores are those of the kept epoch (0-based)."""
+
+    epochs: int
+    steps: int
+    seconds: float
+    best_epoch: int
+    scores: dict[str, float]
+
+
+def fit(
+    network: Network,
+    train: Examples,
+    val: Examples,
+    *,
+    out: Path,
+    settings: FitSettings,
+    name: str = "model",
+    class_weights: Sequence[float] | None = None,
+) -> tuple[Network, FitReport]:
+    """Train a network in place and return it with its best weights.
+
+    `out` is this network's own folder: training goes on from a `last.ckpt` in it, with the numbers
+    of an uninterrupted run. `name` stands before the progress lines. On several devices all
+    processes run the same program; each validates on all of `val`, so that they agree.
+    """
+    _require_device(settings)
+    seed_everything(settings.seed)
+    data = _Batches(train, val, settings)
+    epochs = data.count_epochs()
+    selection = Selection(settings, out / "last.ckpt")
+    task = ClassificationTask(
+        network,
+        optim=settings.optim,
+        count_steps=data.count_steps,
+        seed=settings.seed,
+        class_weights=class_weights,
+    )
+    with _quiet_lightning():
+        trainer = Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy=settings.strategy,
+            precision=cast(Any, settings.precision),
+            max_epochs=epochs,
+            accumulate_grad_batches=settings.accumulate,
+            gradient_clip_val=settings.gradient_clip,
+            logger=build_logger(settings.logger, out),
+            callbacks=[selection, Progress(name, epochs, shown=settings.progress)],
+            default_root_dir=out,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+            reload_dataloaders_every_n_epochs=1,
+        )
+        _run(trainer, task, data, selection.path)
+        _close_logger(settings.logger)
+    network.load_state_dict(selection.weights)
+    return network, selection.report(trainer.global_step)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch; call it before a network is made."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_logger(name: str, out: Path) -> Logger | Literal[False]:
+    """Build a logger in `out`; raises InputError that names the extra of a missing package."""
+    package, extra = LOGGERS[name]
+    if package is not None and importlib.util.find_spec(package) is None:
+        source = f"gigasparse[{extra}]" if extra else package
+        raise InputError(
+            f"logger={name} needs the package {package}: `pip install '{source}'`, or logger=csv"
+        )
+    if name == "none":
+        return False
+    if name == "csv":
+        return cast(Logger, CSVLogger(save_dir=out, name="logs"))
+    return _build_foreign_logger(name, out)
+
+
+class Selection(Checkpoint):
+    """Keep the weights of the best epoch, stop early, and save the state to go on from.
+
+    It is a Checkpoint in Lightning's sense, so that it runs after the epoch's scores exist.
+    """
+
+    def __init__(self, settings: FitSettings, path: Path) -> None:
+        self.path = path
+        self.weights: dict[str, Tensor] = {}
+        self._settings = settings
+        self._best_epoch = 0
+        self._scores: dict[str, float] = {}
+        self._epochs = 0
+        self._seconds = 0.0
+        self._saved_at = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End at once when the run had already lost its patience."""
+        self._stop_early(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the epoch with the best one; save the state when it is due."""
+        task = cast(ClassificationTask, pl_module)
+        self._epochs += 1
+        self._seconds += task.scores["seconds"]
+        if not self.weights or self._is_better(task.scores):
+            self._scores = dict(task.scores)
+            self._best_epoch = self._epochs - 1
+            weights = task.network.state_dict()
+            self.weights = {key: value.detach().cpu().clone() for key, value in weights.items()}
+        self._stop_early(trainer)
+        ends = trainer.should_stop or self._epochs == trainer.max_epochs
+        due = ends or time.perf_counter() - self._saved_at >= SAVE_SECONDS
+        if self._settings.save_last and trainer.strategy.broadcast(due):
+            self._save(trainer)
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what a resumed run must know."""
+        return {
+            "weights": self.weights,
+            "scores": self._scores,
+            "best_epoch": self._best_epoch,
+            "epochs": self._epochs,
+            "seconds": self._seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of the run before."""
+        self.weights = state_dict["weights"]
+        self._scores = state_dict["scores"]
+        self._best_epoch = state_dict["best_epoch"]
+        self._epochs = state_dict["epochs"]
+        self._seconds = state_dict["seconds"]
+
+    def report(self, steps: int) -> FitReport:
+        """Sum up the run."""
+        return FitReport(
+            epochs=self._epochs,
+            steps=steps,
+            seconds=self._seconds,
+            best_epoch=self._best_epoch,
+            scores=self._scores,
+        )
+
+    def _is_better(self, scores: Mapping[str, float]) -> bool:
+        if self._settings.select == "loss":
+            return scores["val_loss"] < self._scores["val_loss"]
+        if self._settings.select == "auroc":
+            # a validation set of one class has no AUROC; equal AUROCs are told apart by the loss
+            return _auroc_then_loss(scores) > _auroc_then_loss(self._scores)
+        return True
+
+    def _stop_early(self, trainer: Trainer) -> None:
+        patience = self._settings.patience
+        if patience is not None and self._epochs - 1 - self._best_epoch >= patience:
+            trainer.should_stop = True
+
+    def _save(self, trainer: Trainer) -> None:
+        aside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        trainer.save_checkpoint(aside)
+        if trainer.is_global_zero:
+            os.replace(aside, self.path)
+        self._saved_at = time.perf_counter()
+
+
+class Progress(Callback):
+    """Show a bar on a terminal, else a line for every tenth of the epochs."""
+
+    def __init__(self, name: str, epochs: int, *, shown: bool) -> None:
+        self._name = name
+        self._epochs = epochs
+        self._every = max(1, epochs // 10)
+        self._shown = shown
+        self._bar: tqdm[Never] | None = None
+        self._started = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar at the epoch that the run goes on from."""
+        self._shown = self._shown and trainer.is_global_zero
+        if self._shown and sys.stdout.isatty():
+            done = trainer.current_epoch
+            self._bar = tqdm(
+                total=self._epochs, initial=done, desc=self._name, unit="epoch", file=sys.stdout
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the epoch before this one, whose scores are complete now."""
+        self._report(trainer.current_epoch, cast(ClassificationTask, pl_module).scores)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report the last epoch and close the bar."""
+        scores = cast(ClassificationTask, pl_module).scores
+        self._report(trainer.current_epoch, scores, last=True)
+        if self._bar is not None:
+            self._bar.close()
+
+    def _report(self, epoch: int, scores: Mapping[str, float], *, last: bool = False) -> None:
+        if not self._shown or not scores:
+            return
+        text = "  ".join(
+            f"{title} {scores[key]:.3f}" for key, title in _SHOWN.items() if key in scores
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        elif last or epoch % self._every == 0:
+            seconds = time.perf_counter() - self._started
+            width = len(str(self._epochs))
+            line = f"{self._name}  epoch {epoch:>{width}}/{self._epochs}  {text}  {seconds:.0f} s"
+            print(line, flush=True)
+
+
+# logger -> the package it needs beyond the base installation's, and the extra that brings it
+LOGGERS: dict[str, tuple[str | None, str | None]] = {
+    "none": (None, None),
+    "csv": (None, None),
+    "tensorboard": ("tensorboard", None),
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow", "mlflow"),
+}
+
+_SHOWN = {"train_loss": "train loss", "val_loss": "val loss", "val_auroc": "val AUROC"}
+
+# not the user's to mend: batches are made in this process on purpose, the device was chosen, and
+# Lightning itself makes LeafSpecs
+_HINTS = (
+    r".*does not have many workers.*",
+    r".*GPU available but not used.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+)
+
+
+class _Batches(LightningDataModule):
+    """Make the loaders anew for each epoch: shuffled packing changes the number of batches."""
+
+    def __init__(self, train: Examples, val: Examples, settings: FitSettings) -> None:
+        super().__init__()
+        for examples, split in ((train, "training"), (val, "validation")):
+            if len(examples) == 0:
+                raise InputError(f"there is no {split} example; give more rows or another split")
+        self._train = train
+        self._val = val
+        self._settings = settings
+
+    def train_dataloader(self) -> DataLoader[Example]:
+        assert self.trainer is not None, "the data module is attached to a trainer"
+        return self._loader(self._train, self._sampler(self.trainer.current_epoch))
+
+    def val_dataloader(self) -> DataLoader[Example]:
+        sampler = TokenBudgetBatches(self._val.lengths, self._settings.max_tokens)
+        return self._loader(self._val, sampler)
+
+    def count_epochs(self) -> int:
+        """Return the number of epochs that hold `steps`, or as many as were asked for."""
+        if self._settings.steps is None:
+            return self._settings.epochs
+        epochs, steps = 0, 0
+        while steps < self._settings.steps:
+            steps += self._steps_of(epochs)
+            epochs += 1
+        return epochs
+
+    def count_steps(self) -> int:
+        """Return the optimiser steps of all epochs."""
+        return sum(self._steps_of(epoch) for epoch in range(self.count_epochs()))
+
+    def _steps_of(self, epoch: int) -> int:
+        return -(-len(self._sampler(epoch)) // self._settings.accumulate)
+
+    def _sampler(self, epoch: int) -> TokenBudgetBatches:
+        sampler = TokenBudgetBatches(
+            self._train.lengths,
+            self._settings.max_tokens,
+            shuffle=True,
+            seed=self._settings.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            num_ranks=self.trainer.world_size if self.trainer else 1,
+        )
+        sampler.set_epoch(epoch)
+        return sampler
+
+    def _loader(self, examples: Examples, sampler: TokenBudgetBatches) -> DataLoader[Example]:
+        return DataLoader(
+            cast(Any, examples),
+            batch_sampler=sampler,
+            collate_fn=cast(Any, pack),
+            num_workers=self._settings.num_workers,
+            # its own: the loader's draws must not move the stream that dropout draws from
+            generator=torch.Generator().manual_seed(self._settings.seed),
+        )
+
+
+def _auroc_then_loss(scores: Mapping[str, float]) -> tuple[float, float]:
+    return scores.get("val_auroc", 0.0), -scores["val_loss"]
+
+
+def _require_device(settings: FitSettings) -> None:
+    found = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if settings.accelerator in ("gpu", "cuda") and not found:
+        raise InputError("trainer.accelerator=gpu: no GPU is found here; use trainer=cpu")
+
+
+def _build_foreign_logger(name: str, out: Path) -> Logger:
+    from lightning.pytorch import loggers
+
+    if name == "tensorboard":
+        return cast(Logger, loggers.TensorBoardLogger(save_dir=out, name="logs"))
+    out.mkdir(parents=True, exist_ok=True)
+    if name == "wandb":
+        return cast(Logger, loggers.WandbLogger(project="gigasparse", name=out.name, save_dir=out))
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        raise InputError("logger=mlflow needs MLFLOW_TRACKING_URI: set it to your server's address")
+    return cast(Logger, loggers.MLFlowLogger(experiment_name="gigasparse", run_name=out.name))
+
+
+def _close_logger(name: str) -> None:
+    if name == "wandb":
+        # else the next network of this process would continue its run
+        importlib.import_module("wandb").finish()
+
+
+def _run(trainer: Trainer, task: ClassificationTask, data: _Batches, state: Path) -> None:
+    """Fit, from the saved state where there is one; an interruption stays a KeyboardInterrupt."""
+    if state.exists() and not zipfile.is_zipfile(state):
+        raise InputError(f"{state} is damaged; delete it to train this network anew")
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(
+            task,
+            datamodule=data,
+            ckpt_path=state if state.exists() else None,
+            weights_only=True,
+        )
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silence tips and hardware tables; warnings other than `_HINTS` still show."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for hint in _HINTS:
+                warnings.filterwarnings("ignore", message=hint)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,68 @@
+"""AdamW with a linear warm-up and a cosine decay."""
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from pipelines.shared.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class OptimSettings:
+    """What `optim=` chooses; `warmup` and `final_lr` are fractions of all steps and of `lr`."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: float = 0.1
+    final_lr: float = 0.05
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.lr <= 0:
+            raise InputError(f"optim.lr must be above 0; got {self.lr}")
+        if self.weight_decay < 0:
+            raise InputError(f"optim.weight_decay must not be negative; got {self.weight_decay}")
+        if not (0 <= self.warmup < 1 and 0 <= self.final_lr <= 1):
+            raise InputError(
+                "optim.warmup must lie in [0, 1) and optim.final_lr in [0, 1]; "
+                f"got {self.warmup} and {self.final_lr}"
+            )
+
+
+def build_optimizer(
+    network: nn.Module, settings: OptimSettings, *, total_steps: int
+) -> tuple[AdamW, LambdaLR]:
+    """Build the optimiser and its schedule; only matrices decay, not biases, gains and tokens."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = AdamW(
+        [
+            {
+                "params": [parameter for parameter in trained if parameter.ndim >= 2],
+                "weight_decay": settings.weight_decay,
+            },
+            {
+                "params": [parameter for parameter in trained if parameter.ndim < 2],
+                "weight_decay": 0.0,
+            },
+        ],
+        lr=settings.lr,
+        betas=settings.betas,
+        # on a GPU the default is as fast, and Lightning refuses to clip before a fused step
+        fused=True if all(parameter.device.type == "cpu" for parameter in trained) else None,
+    )
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(step, settings, total_steps=total_steps))
+    return optimizer, schedule
+
+
+def lr_factor(step: int, settings: OptimSettings, *, total_steps: int) -> float:
+    """Return the fraction of `lr` that holds at a step (0-based)."""
+    warmup_steps = round(settings.warmup * total_steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.final_lr + (1.0 - settings.final_lr) * cosine

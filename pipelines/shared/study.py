@@ -1,0 +1,102 @@
+"""A model and what it is measured against: trained alike, scored on the same test items."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from pipelines.shared.batch import Examples
+from pipelines.shared.fit import FitReport, FitSettings, fit, seed_everything
+from pipelines.shared.inference import Prediction, predict
+from pipelines.shared.metrics import Score, evaluate
+from sparse_core.ops import choose_engine
+
+DECIMALS = 6
+"""Of saved probabilities: well above rounding noise, so that ties stay ties."""
+
+Probabilities = NDArray[np.float64]
+"""One row per test item, one column per class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A network and the examples that it is trained, selected and scored on."""
+
+    build: Callable[[], nn.Module]
+    train: Examples
+    val: Examples
+    test: Examples
+
+
+@dataclass(frozen=True, slots=True)
+class TestSet:
+    """What is known of the test items, in the order of the probabilities' rows."""
+
+    ids: list[str]
+    targets: list[int]
+    groups: list[str]
+    __test__ = False
+
+    def score(self, probabilities: Probabilities) -> dict[str, Score]:
+        """Score the probabilities, rounded as they are saved."""
+        rounded = probabilities.round(DECIMALS)
+        return evaluate(self.targets, rounded, groups=self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A trained contender, its test predictions and scores."""
+
+    network: nn.Module
+    report: FitReport
+    predictions: list[Prediction]
+    probabilities: Probabilities
+    scores: dict[str, Score]
+
+
+def run_contender(
+    name: str,
+    contender: Contender,
+    *,
+    out: Path,
+    settings: FitSettings,
+    test: TestSet,
+    class_weights: Sequence[float] | None = None,
+    collect: Callable[[Iterable[Prediction]], Probabilities],
+) -> Result:
+    """Train one contender in `out/models/NAME`, select its epoch on validation, score it on test.
+
+    `collect` turns the predictions of test examples into one row per test item.
+    """
+    seed_everything(settings.seed)
+    network, report = fit(
+        contender.build(),
+        contender.train,
+        contender.val,
+        out=out / "models" / name,
+        settings=settings,
+        name=name,
+        class_weights=class_weights,
+    )
+    device = "cuda" if settings.accelerator in ("gpu", "cuda") else "cpu"
+    predictions = list(
+        predict(network, contender.test, max_tokens=settings.max_tokens, device=device)
+    )
+    probabilities = collect(predictions)
+    return Result(network, report, predictions, probabilities, test.score(probabilities))
+
+
+def summarise(
+    scores: Mapping[str, Mapping[str, Score]], results: Mapping[str, Result]
+) -> dict[str, object]:
+    """Gather what `metrics.json` says of all contenders, trained networks or not."""
+    return {
+        "engine": choose_engine("auto"),
+        "scores": {
+            name: {key: score.plain() for key, score in row.items()} for name, row in scores.items()
+        },
+        "training": {name: asdict(result.report) for name, result in results.items()},
+    }

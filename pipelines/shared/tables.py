@@ -1,0 +1,144 @@
+"""Tables in and out: labels with their rows checked, results written aside and renamed."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from pipelines.shared.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One item of a batch that could not be processed: a row of `failures.csv`."""
+
+    id: str
+    path: str
+    status: str
+    reason: str
+    remedy: str
+
+
+def read_labels(
+    path: Path,
+    *,
+    id_column: str,
+    label_column: str = "label",
+    group_column: str | None = None,
+    split_column: str = "split",
+) -> pd.DataFrame:
+    """Read a label table; its index (`row`) is the line in the file, for messages.
+
+    All values are stripped strings. `group_column` (patients) is filled with the ids where the
+    table has none; `split_column` is kept where there is one. Raises InputError for a missing or
+    unreadable file, missing columns, empty or duplicate ids, empty labels and a single class.
+    """
+    table = read_table(path)
+    _require_columns(path, table, [id_column, label_column])
+    if group_column is not None and group_column not in table.columns:
+        table[group_column] = table[id_column]
+    _require_values(path, table, id_column)
+    _require_unique(path, table, id_column)
+    _require_values(path, table, label_column)
+    if group_column is not None:
+        _require_values(path, table, group_column)
+    if table[label_column].nunique() < 2:
+        raise InputError(
+            f"{path}: all {len(table)} rows have the label {table[label_column].iloc[0]!r}; "
+            "a classifier needs at least two classes"
+        )
+    kept = [id_column, label_column, group_column, split_column]
+    return table[[column for column in kept if column is not None and column in table.columns]]
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table of strings: tab-separated when the name ends in .tsv, else by commas.
+
+    Raises InputError for a missing file, one that is no UTF-8 text, and ragged or missing rows.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a table (.csv or .tsv) is needed")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; a table (.csv or .tsv) is needed")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=_delimiter(path))
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"{path} is not a text table; save it as CSV in UTF-8 ({error})"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    return _frame(path, [(number, row) for number, row in lines if any(row)])
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table (separator as in `read_table`) aside and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    table.to_csv(aside, sep=_delimiter(path), index=False, lineterminator="\n")
+    os.replace(aside, path)
+
+
+def write_failures(path: Path, failures: Iterable[Failure], *, id_column: str) -> None:
+    """Write `failures.csv`; without failures it holds the header only, so that none is stale."""
+    columns = [id_column, "path", "status", "reason", "remedy"]
+    rows = [(item.id, item.path, item.status, item.reason, item.remedy) for item in failures]
+    write_table(path, pd.DataFrame(rows, columns=columns))
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _frame(path: Path, lines: list[tuple[int, list[str]]]) -> pd.DataFrame:
+    if len(lines) < 2:
+        raise InputError(f"{path} holds {'only a header' if lines else 'nothing'}; rows are needed")
+    header = lines[0][1]
+    repeated = [name for name, count in Counter(header).items() if count > 1]
+    if repeated:
+        raise InputError(f"{path}: the header names {repeated[0]!r} more than once")
+    for number, row in lines[1:]:
+        if len(row) != len(header):
+            raise InputError(
+                f"{path}, row {number}: {len(row)} fields where the header has {len(header)}; "
+                f"quote values that hold {_delimiter(path)!r}"
+            )
+    index = pd.Index([number for number, _ in lines[1:]], name="row")
+    return pd.DataFrame([row for _, row in lines[1:]], columns=header, index=index, dtype=str)
+
+
+def _require_columns(path: Path, table: pd.DataFrame, columns: list[str]) -> None:
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise InputError(
+            f"{path} has no column {' and no column '.join(map(repr, missing))}; "
+            f"it has {', '.join(map(repr, table.columns))}"
+        )
+
+
+def _require_values(path: Path, table: pd.DataFrame, column: str) -> None:
+    rows = table.index[table[column] == ""].tolist()
+    if rows:
+        raise InputError(f"{path}, row {_listed(rows)}: {column} is empty; fill it or drop the row")
+
+
+def _require_unique(path: Path, table: pd.DataFrame, column: str) -> None:
+    repeated = table[table[column].duplicated(keep=False)]
+    if len(repeated):
+        name = repeated[column].iloc[0]
+        rows = repeated.index[repeated[column] == name].tolist()
+        others = repeated[column].nunique() - 1
+        more = f" ({others} more ids are repeated)" if others else ""
+        raise InputError(
+            f"{path}: {column} {name!r} stands in rows {_listed(rows)}{more}; keep one row per id"
+        )
+
+
+def _listed(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")

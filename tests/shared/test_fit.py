@@ -1,0 +1,418 @@
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipelines.shared import fit as fit_module
+from pipelines.shared.batch import ExampleList, PackedBatch
+from pipelines.shared.errors import InputError
+from pipelines.shared.fit import FitReport, FitSettings, build_logger, fit
+from pipelines.shared.optim import OptimSettings
+from pipelines.shared.task import balanced_weights
+
+MakeNetwork = Callable[..., nn.Module]
+MakeExamples = Callable[..., ExampleList]
+
+SETTINGS = FitSettings(epochs=4, max_tokens=60, optim=OptimSettings(lr=0.01), progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _always_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_module, "SAVE_SECONDS", 0.0)
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def _assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_training_learns_and_reports(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    network = make_network()
+    train, val = make_examples(120), make_examples(60, seed=1)
+
+    trained, report = fit(
+        network, train, val, out=tmp_path, settings=replace(SETTINGS, epochs=12, select="auroc")
+    )
+
+    assert trained is network
+    assert report.scores["val_auroc"] > 0.85
+    assert report.epochs == 12
+    assert report.seconds > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_seed_repeats_the_weights(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    results = [
+        fit(
+            make_network(dropout=0.3),
+            make_examples(30),
+            make_examples(10, seed=1),
+            out=tmp_path / name,
+            settings=replace(SETTINGS, seed=seed, save_last=False),
+        )[0]
+        for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    ]
+
+    _assert_equal(_weights(results[0]), _weights(results[1]))
+    assert not torch.equal(results[0].head.weight, results[2].head.weight)  # type: ignore[union-attr, arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+class _Interrupting(nn.Module):
+    """Raise in the middle of a chosen training epoch."""
+
+    def __init__(self, network: nn.Module, steps: int, error: BaseException) -> None:
+        super().__init__()
+        self.network = network
+        self.left = steps
+        self.error = error
+
+    def forward(self, batch: PackedBatch) -> object:
+        if self.training:
+            self.left -= 1
+            if self.left < 0:
+                raise self.error
+        return self.network(batch)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 7])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples, steps: int
+) -> None:
+    train, val = make_examples(24), make_examples(10, seed=1)
+    settings = replace(SETTINGS, accumulate=2, select="last")
+
+    whole, report = fit(
+        _Interrupting(make_network(dropout=0.3), 10**9, RuntimeError()),
+        train,
+        val,
+        out=tmp_path / "whole",
+        settings=settings,
+    )
+    with pytest.raises(RuntimeError, match="power"):
+        fit(
+            _Interrupting(make_network(dropout=0.3), steps, RuntimeError("power")),
+            train,
+            val,
+            out=tmp_path / "cut",
+            settings=settings,
+        )
+    resumed, again = fit(
+        _Interrupting(
+            make_network(dropout=0.3),
+            10**9,
+            RuntimeError(),
+        ),
+        train,
+        val,
+        out=tmp_path / "cut",
+        settings=settings,
+    )
+
+    _assert_equal(_weights(whole), _weights(resumed))
+    assert (again.epochs, again.steps) == (report.epochs, report.steps)
+    assert again.scores["val_loss"] == report.scores["val_loss"]
+
+
+def test_a_finished_network_is_taken_up_without_training(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    train, val = make_examples(24), make_examples(10, seed=1)
+    first, report = fit(make_network(), train, val, out=tmp_path, settings=SETTINGS)
+
+    second, again = fit(
+        _Interrupting(make_network(seed=3), 0, AssertionError("trains")).network,
+        train,
+        val,
+        out=tmp_path,
+        settings=SETTINGS,
+    )
+
+    _assert_equal(_weights(first), _weights(second))
+    assert again == report
+
+
+def test_a_keyboard_interrupt_stays_one(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    network = _Interrupting(make_network(), 1, KeyboardInterrupt())
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(network, make_examples(24), make_examples(4), out=tmp_path, settings=SETTINGS)
+
+
+def test_a_damaged_state_is_refused(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"cut")
+
+    with pytest.raises(InputError, match="delete it"):
+        fit(make_network(), make_examples(8), make_examples(4), out=tmp_path, settings=SETTINGS)
+
+
+def test_the_best_epoch_on_validation_is_kept(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    # labels of the validation set are swapped: the longer the training the worse
+    train, val = make_examples(60), make_examples(30, seed=1, shift=-0.7)
+    kept: dict[str, FitReport] = {}
+    for select in ("loss", "last"):
+        settings = replace(SETTINGS, select=select, epochs=8)  # type: ignore[arg-type]
+        _, kept[select] = fit(make_network(), train, val, out=tmp_path / select, settings=settings)
+
+    assert kept["loss"].best_epoch < 4
+    assert kept["last"].best_epoch == 7
+    assert kept["loss"].scores["val_loss"] < kept["last"].scores["val_loss"]
+
+
+def test_patience_ends_a_run_and_stays_ended(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    train, val = make_examples(60), make_examples(30, seed=1, shift=-0.7)
+    settings = replace(SETTINGS, patience=2, epochs=50)
+
+    _, report = fit(make_network(), train, val, out=tmp_path, settings=settings)
+    _, again = fit(make_network(), train, val, out=tmp_path, settings=settings)
+
+    assert report.epochs == report.best_epoch + 3 < 50
+    assert again.epochs == report.epochs
+
+
+def test_steps_are_filled_up_to_whole_epochs(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    settings = replace(SETTINGS, max_tokens=10, steps=50, accumulate=3)
+
+    _, report = fit(
+        make_network(), make_examples(30), make_examples(4), out=tmp_path, settings=settings
+    )
+
+    assert 50 <= report.steps < 50 + report.steps / report.epochs + 1
+
+
+def test_a_line_is_printed_per_tenth_of_the_epochs_and_nothing_else(
+    tmp_path: Path,
+    make_network: MakeNetwork,
+    make_examples: MakeExamples,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    settings = replace(SETTINGS, epochs=20, progress=True)
+
+    fit(
+        make_network(),
+        make_examples(8),
+        make_examples(8),
+        out=tmp_path,
+        settings=settings,
+        name="ours",
+    )
+
+    captured = capfd.readouterr()
+    lines = captured.out.splitlines()
+    assert captured.err == ""
+    assert len(lines) == 10
+    assert lines[0].startswith("ours  epoch  2/20  train loss ")
+    assert "val AUROC" in lines[-1]
+    assert lines[-1].split()[2] == "20/20"
+
+
+def test_lightnings_loggers_speak_again_after_a_fit(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    level = logging.getLogger("lightning.pytorch").level
+
+    fit(make_network(), make_examples(8), make_examples(8), out=tmp_path, settings=SETTINGS)
+
+    assert logging.getLogger("lightning.pytorch").level == level
+
+
+def test_a_second_fit_starts_at_once(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    train, val = make_examples(8), make_examples(8)
+    settings = replace(SETTINGS, epochs=1)
+    fit(make_network(), train, val, out=tmp_path / "first", settings=settings)
+
+    start = time.perf_counter()
+    fit(make_network(), train, val, out=tmp_path / "second", settings=settings)
+
+    assert time.perf_counter() - start < 2
+
+
+def test_csv_logger_writes_a_row_per_epoch(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    out = tmp_path / "TCGA (2)" / "[old] a&b's ü"
+
+    fit(
+        make_network(),
+        make_examples(8),
+        make_examples(8),
+        out=out,
+        settings=replace(SETTINGS, logger="csv"),
+    )
+
+    rows = next(out.glob("logs/*/metrics.csv")).read_text().splitlines()
+    assert len(rows) == 5
+    assert {"train_loss", "val_loss", "val_auroc", "lr"} <= set(rows[0].split(","))
+
+
+def test_tensorboard_logger_writes_events(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    fit(
+        make_network(),
+        make_examples(8),
+        make_examples(8),
+        out=tmp_path,
+        settings=replace(SETTINGS, logger="tensorboard"),
+    )
+
+    assert list(tmp_path.glob("logs/*/events.*"))
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_missing_logger_names_its_extra(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+
+    with pytest.raises(InputError, match=rf"pip install 'gigasparse\[{name}\]'"):
+        build_logger(name, tmp_path)
+
+
+def test_mlflow_without_a_server_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI"):
+        build_logger("mlflow", tmp_path)
+
+
+def test_class_weights_balance_the_classes(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    weights = balanced_weights([0, 0, 0, 1], num_classes=2)
+
+    _, report = fit(
+        make_network(),
+        make_examples(8),
+        make_examples(8),
+        out=tmp_path,
+        settings=SETTINGS,
+        class_weights=weights,
+    )
+
+    assert weights == [pytest.approx(2 / 3), 2.0]
+    assert report.epochs == 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"max_tokens": -1}, "max_tokens must be at least 1"),
+        ({"select": "best"}, "callbacks.select must be"),
+        ({"logger": "paper"}, "logger must be one of"),
+    ],
+)
+def test_settings_without_sense_are_refused(wrong: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        FitSettings(**({"epochs": 1, "max_tokens": 1} | wrong))  # type: ignore[arg-type]
+
+
+def test_an_empty_split_is_refused(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    with pytest.raises(InputError, match="no validation example"):
+        fit(make_network(), make_examples(8), ExampleList([]), out=tmp_path, settings=SETTINGS)
+
+
+DISTRIBUTED = """
+import importlib.util, sys
+from dataclasses import replace
+from pathlib import Path
+
+from pipelines.pathology.__main__ import VERBS
+from pipelines.shared.cli import main
+from pipelines.shared.fit import FitSettings, fit, seed_everything
+
+spec = importlib.util.spec_from_file_location("parts", PARTS)
+parts = importlib.util.module_from_spec(spec)
+sys.modules["parts"] = parts
+spec.loader.exec_module(parts)
+
+def run(config):
+    train, val = parts.draw_examples(30), parts.draw_examples(10, seed=1)
+    for name in ("ours", "baseline"):
+        seed_everything(0)
+        settings = replace(FitSettings.from_config(config), max_tokens=30)
+        out = Path(config["out"]) / name
+        network, report = fit(parts.MeanNetwork(), train, val, out=out, settings=settings)
+        print(name, report.steps, network.head.weight.sum().item())
+    return 0
+
+if __name__ == "__main__":
+    verbs = {"train": replace(VERBS["train"], function="__main__:run")}
+    raise SystemExit(main("pathology", verbs))
+"""
+
+
+def test_two_processes_train_one_network_after_another(tmp_path: Path) -> None:
+    script = tmp_path / "distributed.py"
+    parts = Path(__file__).with_name("conftest.py")
+    script.write_text(DISTRIBUTED.replace("PARTS", repr(str(parts))))
+    settings = [
+        "epochs=2",
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "trainer.precision=32-true",
+        "trainer.progress=false",
+        "logger=none",
+        "out=a b=(c), ${d}",
+    ]
+
+    done = subprocess.run(
+        [sys.executable, str(script), "train", *settings],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+
+    assert done.returncode == 0, done.stderr
+    ours, baseline = (line.split()[1:] for line in done.stdout.splitlines())
+    assert ours == baseline
+    assert ours[0] == "6"
+    assert (tmp_path / "a b=(c), ${d}" / "ours" / "last.ckpt").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    settings = replace(SETTINGS, accelerator="gpu")
+
+    with pytest.raises(InputError, match="use trainer=cpu"):
+        fit(make_network(), make_examples(8), make_examples(8), out=tmp_path, settings=settings)

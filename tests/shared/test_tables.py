@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipelines.shared.errors import InputError
+from pipelines.shared.tables import Failure, read_labels, read_table, write_failures, write_table
+
+
+def _write(folder: Path, text: str, name: str = "labels.csv") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_reads_strings_stripped_with_the_files_rows(tmp_path: Path) -> None:
+    path = _write(tmp_path, "﻿slide_id,patient_id,label,note\n 007 ,p1,a,x\n\n008,p2, b,\n")
+
+    table = read_labels(path, id_column="slide_id", group_column="patient_id")
+
+    assert table.columns.tolist() == ["slide_id", "label", "patient_id"]
+    assert table["slide_id"].tolist() == ["007", "008"]
+    assert table["label"].tolist() == ["a", "b"]
+    assert table.index.tolist() == [2, 4]
+
+
+def test_a_tsv_is_read_by_tabs_and_keeps_its_split(tmp_path: Path) -> None:
+    path = _write(tmp_path, "id\tlabel\tsplit\na,b\t1\ttrain\nc\t0\ttest\n", "labels.tsv")
+
+    table = read_labels(path, id_column="id")
+
+    assert table["id"].tolist() == ["a,b", "c"]
+    assert table["split"].tolist() == ["train", "test"]
+
+
+def test_groups_default_to_ids(tmp_path: Path) -> None:
+    path = _write(tmp_path, "id,label\na,1\nb,0\n")
+
+    table = read_labels(path, id_column="id", group_column="patient_id")
+
+    assert table["patient_id"].tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "nothing"),
+        ("id,label\n", "only a header"),
+        ("name,label\na,1\nb,0\n", "no column 'id'; it has 'name', 'label'"),
+        ("id;label\na;1\nb;0\n", "no column 'id' and no column 'label'; it has 'id;label'"),
+        ("id,label\na,1\n,0\n", "row 3: id is empty"),
+        ("id,label\na,1\nb,\n", "row 3: label is empty"),
+        ("id,label\na,1\nb,0\na,0\n", "'a' stands in rows 2, 4"),
+        ("id,label\na,1\nb,1\n", "all 2 rows have the label '1'"),
+        ("id,label\na,1,2\nb,0\n", "row 2: 3 fields where the header has 2"),
+        ("id,id,label\na,a,1\n", "'id' more than once"),
+    ],
+)
+def test_a_bad_table_is_named_with_its_row(tmp_path: Path, text: str, words: str) -> None:
+    path = _write(tmp_path, text)
+
+    with pytest.raises(InputError) as caught:
+        read_labels(path, id_column="id")
+
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "labels.xlsx"
+    binary.write_bytes(b"PK\x03\x04\xff\xfe\x00\x80")
+
+    for path, words in [
+        (tmp_path / "absent.csv", "does not exist"),
+        (tmp_path, "is a folder"),
+        (binary, "is not a text table"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            read_table(path)
+
+
+def test_a_written_table_reads_back(tmp_path: Path) -> None:
+    table = pd.DataFrame({"id": ["a,b", 'c"d', "ü"], "label": ["1", "2", "3"]})
+
+    for name in ("deep/table.csv", "table.tsv"):
+        write_table(tmp_path / name, table)
+        assert read_table(tmp_path / name).to_dict("list") == table.to_dict("list")
+    assert not list(tmp_path.rglob("*.tmp-*"))
+
+
+def test_failures_are_rewritten_whole(tmp_path: Path) -> None:
+    path = tmp_path / "failures.csv"
+    write_failures(path, [Failure("s", "p", "unreadable", "cut", "copy")], id_column="slide_id")
+    first = path.read_text()
+
+    write_failures(path, [], id_column="slide_id")
+
+    assert first == "slide_id,path,status,reason,remedy\ns,p,unreadable,cut,copy\n"
+    assert path.read_text() == "slide_id,path,status,reason,remedy\n"
