@@ -8,11 +8,12 @@ import torch
 from pipelines.genomics.data import WindowDataset
 from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.store import ingest
-from pipelines.genomics.train import TASK, probability_table, record_probabilities
+from pipelines.genomics.train import TASK, record_probabilities
 from pipelines.shared.checkpoint import load_model
 from pipelines.shared.errors import InputError
 from pipelines.shared.inference import predict as run
 from pipelines.shared.record import RunState, finish_run, open_run
+from pipelines.shared.study import probability_table
 from pipelines.shared.tables import write_table
 
 
@@ -39,7 +40,8 @@ def predict(config: dict[str, Any]) -> int:
     predictions = run(network, windows, max_tokens=config["max_tokens"], device=config["device"])
     records, probabilities = record_probabilities(predictions)
     classes: list[str] = model.metadata["classes"]  # type: ignore[assignment]
-    table = probability_table([store.ids[i] for i in records], probabilities, classes)
+    ids = [store.ids[i] for i in records]
+    table = probability_table(ids, probabilities, classes, id_column="id")
     table["num_windows"] = [int((windows.records == i).sum()) for i in records]
     write_table(out / "predictions.tsv", table)
     finish_run(out, {"records": len(store), "windows": len(windows)})

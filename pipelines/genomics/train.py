@@ -27,11 +27,11 @@ from pipelines.shared.metrics import Score, format_table
 from pipelines.shared.record import RunState, finish_run, is_main_process, open_run
 from pipelines.shared.splits import assign_splits
 from pipelines.shared.study import (
-    DECIMALS,
     Contender,
     Probabilities,
     Result,
     TestSet,
+    probability_table,
     run_contender,
     summarise,
 )
@@ -213,7 +213,9 @@ class _Study:
         }
         assert isinstance(model.network, DnaClassifier)
         save_model(checkpoint, model.network, task=TASK, metadata=metadata)
-        predictions = probability_table(self.test.ids, model.probabilities, self.classes)
+        predictions = probability_table(
+            self.test.ids, model.probabilities, self.classes, id_column="id"
+        )
         predictions.insert(1, "label", [self.classes[target] for target in self.test.targets])
         write_table(self.out / "predictions.tsv", predictions)
         write_failures(self.out / "failures.csv", self.failures, id_column="id")
@@ -248,18 +250,6 @@ def record_probabilities(predictions: Iterable[Prediction]) -> tuple[list[int], 
     records = torch.tensor([prediction.record for prediction in found])
     unique, averaged = average_windows(logits, records)
     return unique.tolist(), averaged.double().softmax(-1).numpy()
-
-
-def probability_table(
-    ids: list[str], probabilities: Probabilities, classes: list[str]
-) -> pd.DataFrame:
-    """Columns id, prediction and one probability per class, rounded as in all saved tables."""
-    rounded = probabilities.round(DECIMALS)
-    table = pd.DataFrame({"id": ids})
-    table["prediction"] = [classes[best] for best in rounded.argmax(1)]
-    for column, name in enumerate(classes):
-        table[f"probability_{name}"] = rounded[:, column]
-    return table
 
 
 def _partnerless(

@@ -15,19 +15,9 @@ from pipelines.pathology.progress import track
 from pipelines.pathology.slides import SlideError, SlideFile, open_slide, slide_fingerprint
 from pipelines.pathology.store import Provenance, is_current, slide_folder, write_slide
 from pipelines.pathology.tiling import TilePlan, plan_tiles, read_tiles
+from pipelines.shared.tables import Failure
 
 _SLIDES_PER_WORKER = 8  # fewer do not repay the start of a process
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A slide that gave no features, as a row of failures.csv."""
-
-    slide_id: str
-    path: str
-    status: str
-    reason: str
-    remedy: str
 
 
 @dataclass(frozen=True, slots=True)

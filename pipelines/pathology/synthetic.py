@@ -280,7 +280,8 @@ def _draw_dominoes(
         distance = np.abs(candidates[:, :, None] - domino).max(axis=-1).min(axis=(1, 2))
         free[side] &= distance > 0
         free[1 - side] &= distance > NEAR_APART
-    return np.stack(drawn[0]), np.stack(drawn[1])
+    first = int(rng.integers(2))  # a set may profit from being drawn first: toss for it
+    return np.stack(drawn[first]), np.stack(drawn[1 - first])
 
 
 def _arrange_far(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from torch import nn
 
@@ -89,11 +90,30 @@ def run_contender(
     return Result(network, report, predictions, probabilities, test.score(probabilities))
 
 
+def probability_table(
+    ids: list[str], probabilities: Probabilities, classes: list[str], *, id_column: str
+) -> pd.DataFrame:
+    """One row per item: id, predicted class, and a probability per class, rounded."""
+    rounded = probabilities.round(DECIMALS)
+    table = pd.DataFrame({id_column: ids})
+    table["prediction"] = [classes[best] for best in rounded.argmax(1)]
+    for column, name in enumerate(classes):
+        table[f"probability_{name}"] = rounded[:, column]
+    return table
+
+
 def summarise(
     scores: Mapping[str, Mapping[str, Score]], results: Mapping[str, Result]
 ) -> dict[str, object]:
     """Gather what `metrics.json` says of all contenders, trained networks or not."""
+    model = results["model"]
+    summary = {
+        "auroc": model.scores["auroc"].value,
+        "accuracy": model.scores["accuracy"].value,
+        "seconds": round(model.report.seconds, 1),
+    }
     return {
+        "summary": summary,
         "engine": choose_engine("auto"),
         "scores": {
             name: {key: score.plain() for key, score in row.items()} for name, row in scores.items()

@@ -1,0 +1,129 @@
+"""`predict`: batch inference over a folder of slides, going on past the bad ones."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.pathology.data import SlideDataset
+from pipelines.pathology.encoding import TileEncoder, build_encoder
+from pipelines.pathology.features import extract_features
+from pipelines.pathology.model import SlideClassifier
+from pipelines.pathology.progress import track
+from pipelines.pathology.slides import find_slides
+from pipelines.pathology.tiling import TilePlan
+from pipelines.pathology.train import TASK, draw_heatmap
+from pipelines.shared.checkpoint import LoadedModel, load_model
+from pipelines.shared.errors import InputError
+from pipelines.shared.inference import Prediction
+from pipelines.shared.inference import predict as run
+from pipelines.shared.record import finish_run, open_run
+from pipelines.shared.study import probability_table
+from pipelines.shared.tables import write_failures, write_table
+
+
+def predict(config: dict[str, Any]) -> int:
+    """Predict every slide of the folder; 0, or 3 if some failed.
+
+    Results of finished slides are kept in `slides/`, so that the same command goes on where it
+    stopped. Raises InputError if no slide can be predicted.
+    """
+    ckpt, out = Path(config["ckpt"]), Path(config["out"])
+    model = load_model(ckpt, task=TASK)
+    if config["device"].startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("device=cuda: no GPU is found here; use device=cpu")
+    encoder = _encoder_of(model, config)
+    plan = TilePlan(**model.metadata["plan"])  # type: ignore[arg-type]
+    if plan.hash != model.metadata["plan_hash"]:
+        raise InputError(f"{ckpt} was trained on tiles cut by another version; train it again")
+    files = find_slides(Path(config["slides"]))
+    digest = hashlib.sha256(ckpt.read_bytes()).hexdigest()
+    open_run(out, {**config, "ckpt_sha256": digest}, volatile=("out", "num_workers", "device"))
+    store = Path(config["features"] or out / "features")
+    given = config["slide_mpp"]
+    report = extract_features(
+        files,
+        store=store,
+        plan=plan,
+        encoder=encoder,
+        mpps={file.slide_id: float(given) for file in files} if given else None,
+        workers=config["num_workers"] or None,
+    )
+    write_failures(out / "failures.csv", report.failures, id_column="slide_id")
+    for failure in report.failures:
+        print(f"failed: {failure.id}: {failure.status}: {failure.reason}; {failure.remedy}")
+    if not report.done:
+        raise InputError(f"no slide could be predicted; {out / 'failures.csv'} says why of each")
+    classes: list[str] = model.metadata["classes"]  # type: ignore[assignment]
+    results = _predict_slides(config, model, store, report.done, classes, out)
+    table = probability_table(
+        [slide_id for slide_id, _ in results],
+        torch.tensor([logits for _, logits in results], dtype=torch.float64).softmax(-1).numpy(),
+        classes,
+        id_column="slide_id",
+    )
+    write_table(out / "predictions.csv", table)
+    finish_run(out, {"slides": len(results), "failures": len(report.failures)})
+    print(f"{len(results):,} slides predicted: {out / 'predictions.csv'}")
+    if config["heatmaps"]:
+        print(f"heatmaps: {out / 'heatmaps'}")
+    if report.failures:
+        print(f"{len(report.failures):,} slides failed: {out / 'failures.csv'}")
+    return 3 if report.failures else 0
+
+
+def _encoder_of(model: LoadedModel, config: dict[str, Any]) -> TileEncoder:
+    """Make the encoder that the model was trained with; refuse any other weights."""
+    settings: dict[str, Any] = model.metadata["encoder"]  # type: ignore[assignment]
+    if settings["name"] == "torch" and config["encoder_factory"] != settings["factory"]:
+        raise InputError(
+            f"the model's tile encoder runs your code {settings['factory']!r}; allow it by "
+            f"encoder_factory={settings['factory']}"
+        )
+    encoder = build_encoder(**settings)
+    if encoder.fingerprint != model.metadata["encoder_fingerprint"]:
+        raise InputError(
+            f"{config['ckpt']} was trained on features of other weights than encoder "
+            f"{settings['name']!r} has here; put the same weights in place"
+        )
+    return encoder
+
+
+def _predict_slides(
+    config: dict[str, Any],
+    model: LoadedModel,
+    store: Path,
+    slide_ids: list[str],
+    classes: list[str],
+    out: Path,
+) -> list[tuple[str, list[float]]]:
+    """Predict what has no result yet; return all results in the folder's order."""
+    network = SlideClassifier(**model.config)  # type: ignore[arg-type]
+    network.load_state_dict(model.state_dict)
+    todo = [slide_id for slide_id in slide_ids if not _result_file(out, slide_id).exists()]
+    data = SlideDataset(store, todo)
+    predictions = run(network, data, max_tokens=config["max_tokens"], device=config["device"])
+    for prediction in track(predictions, total=len(todo), label="predict"):
+        if config["heatmaps"]:
+            path = out / "heatmaps" / f"{prediction.id}.png"
+            draw_heatmap(path, store, prediction, classes)
+        _keep(out, prediction)
+    return [
+        (slide_id, json.loads(_result_file(out, slide_id).read_text(encoding="utf-8"))["logits"])
+        for slide_id in slide_ids
+    ]
+
+
+def _result_file(out: Path, slide_id: str) -> Path:
+    return out / "slides" / f"{slide_id}.json"
+
+
+def _keep(out: Path, prediction: Prediction) -> None:
+    path = _result_file(out, prediction.id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside.write_text(json.dumps({"logits": prediction.logits.tolist()}), encoding="utf-8")
+    os.replace(aside, path)
