@@ -37,7 +37,6 @@ def forward(
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
     for view in _views(q, k, layout, key_bias, alibi_slopes):
-        heads = view.query_heads
         for chunk in _chunks(view, layout):
             scores, values = _scores(view, chunk, layout, q, k, v, scale)
             largest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
@@ -49,11 +48,10 @@ def forward(
             tokens = chunk.query_tokens[chunk.query_exists]
             new_out = _by_token(partial, chunk)
             new_lse = _by_token(chunk_lse[..., None], chunk)[..., 0]
-            out_rows, lse_rows = out[view.sample], lse[view.sample]
-            old_out, old_lse = out_rows[tokens][:, heads], lse_rows[tokens][:, heads]
+            old_out, old_lse = view.take(out, tokens), view.take(lse, tokens)
             merged, merged_lse = _merge_pair(old_out, old_lse, new_out, new_lse)
-            out_rows[tokens[:, None], heads] = merged
-            lse_rows[tokens[:, None], heads] = merged_lse
+            view.put(out, tokens, merged)
+            view.put(lse, tokens, merged_lse)
     return out.to(q.dtype), lse.transpose(1, 2).contiguous()
 
 
@@ -106,11 +104,8 @@ def backward(
             queries = view.rows(q, chunk).to(dtype)
             dq_chunk = torch.bmm(_flat(slope), keys.flatten(0, 1)).view_as(queries)
             tokens = chunk.query_tokens[chunk.query_exists]
-            dq[view.sample].index_put_(
-                (tokens[:, None], view.query_heads),
-                _by_token(dq_chunk, chunk).mul_(scale),
-                accumulate=True,
-            )
+            share = _by_token(dq_chunk, chunk).mul_(scale)
+            view.put(dq, tokens, share.add_(view.take(dq, tokens)))
             dv_chunk = torch.bmm(_flat(weights).mT, _flat(douts)).view_as(values)
             dk_chunk = torch.bmm(_flat(slope).mT, _flat(queries)).view_as(keys).mul_(scale)
             view.add_keys(dk, dk_chunk, chunk)
@@ -158,6 +153,18 @@ class _View:
     num_shared: int
     key_bias: Float[Tensor, "Tk"] | None
     slopes: Float[Tensor, "K G"] | None
+
+    def take(self, x: Float[Tensor, "B Tq H ..."], tokens: Int[Tensor, "N"]) -> Tensor:
+        """Read [N, K*G, ...] of these queries."""
+        taken = x[self.sample].index_select(0, tokens)
+        return taken if self.key_heads is None else taken[:, self.query_heads]
+
+    def put(self, x: Float[Tensor, "B Tq H ..."], tokens: Int[Tensor, "N"], new: Tensor) -> None:
+        """Write [N, K*G, ...] of these queries, each named once."""
+        if self.key_heads is None:
+            x[self.sample].index_copy_(0, tokens, new)
+        else:
+            x[self.sample][tokens[:, None], self.query_heads] = new
 
     def rows(self, x: Tensor, chunk: _Chunk) -> Tensor:
         """Gather [B, Tq, H, ...] to [R, K, G, M, ...]."""

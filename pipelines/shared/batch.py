@@ -108,7 +108,7 @@ def pack(examples: list[Example]) -> PackedBatch:
 class TokenBudgetBatches(Sampler[list[int]]):
     """Fill batches up to a number of tokens; every example comes exactly once per epoch.
 
-    Examples come in order, or shuffled by `seed` and epoch. One that is longer than the budget is a
+    `max_sequences` bounds the examples of a batch as well. Examples come in order, or shuffled by `seed` and epoch. One that is longer than the budget is a
     batch of its own. With `num_ranks` > 1 each rank gets every num_ranks-th batch and the first
     batches come again at the end, so that all ranks take the same number of steps.
     """
@@ -118,6 +118,7 @@ class TokenBudgetBatches(Sampler[list[int]]):
         lengths: Sequence[int],
         max_tokens: int,
         *,
+        max_sequences: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
         rank: int = 0,
@@ -129,6 +130,7 @@ class TokenBudgetBatches(Sampler[list[int]]):
             raise ValueError(f"rank must lie in [0, num_ranks); got {rank=}, {num_ranks=}")
         self._lengths = list(lengths)
         self._max_tokens = max_tokens
+        self._max_sequences = max_sequences or len(self._lengths)
         self._shuffle = shuffle
         self._seed = seed
         self._rank = rank
@@ -141,7 +143,7 @@ class TokenBudgetBatches(Sampler[list[int]]):
         if self._shuffle:
             generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
             order = torch.randperm(len(order), generator=generator).tolist()
-        batches = _fill(order, self._lengths, self._max_tokens)
+        batches = _fill(order, self._lengths, self._max_tokens, self._max_sequences)
         missing = -len(batches) % self._num_ranks
         batches += [batches[index % len(batches)] for index in range(missing)]
         self._batches = batches[self._rank :: self._num_ranks]
@@ -153,11 +155,13 @@ class TokenBudgetBatches(Sampler[list[int]]):
         return len(self._batches)
 
 
-def _fill(order: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+def _fill(
+    order: list[int], lengths: list[int], max_tokens: int, max_sequences: int
+) -> list[list[int]]:
     batches: list[list[int]] = []
     room = 0
     for index in order:
-        if not batches or lengths[index] > room:
+        if not batches or lengths[index] > room or len(batches[-1]) == max_sequences:
             batches.append([])
             room = max_tokens
         batches[-1].append(index)

@@ -40,7 +40,8 @@ Select = Literal["loss", "auroc", "last"]
 class FitSettings:
     """How to train; the names are those of the configuration.
 
-    With `steps` the number of epochs follows: as many whole ones as hold at least so many steps.
+    A batch holds at most `max_tokens` tokens and `batch_size` sequences; a longer sequence comes
+    alone. With `steps` the number of epochs follows: as many whole ones as hold at least so many steps.
     `select` chooses the weights that are kept: the epoch with the lowest validation loss, with the
     highest validation AUROC, or the last. `patience` stops after so many epochs without a better
     one. `save_last` keeps the state in `last.ckpt`, from which the same run goes on.
@@ -48,6 +49,7 @@ class FitSettings:
 
     epochs: int
     max_tokens: int
+    batch_size: int | None = None
     seed: int = 0
     steps: int | None = None
     num_workers: int = 0
@@ -65,7 +67,7 @@ class FitSettings:
     gradient_clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "max_tokens", "steps", "patience", "accumulate"):
+        for key in ("epochs", "max_tokens", "batch_size", "steps", "patience", "accumulate"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise InputError(f"{key} must be at least 1; got {value}")
@@ -79,7 +81,7 @@ class FitSettings:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "FitSettings":
         """Take the settings from a verb's configuration."""
-        own = ("epochs", "max_tokens", "seed", "steps", "num_workers")
+        own = ("epochs", "max_tokens", "batch_size", "seed", "steps", "num_workers")
         return cls(
             **{key: config[key] for key in own},
             **config["callbacks"],
@@ -345,6 +347,9 @@ class _Batches(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Example]:
         assert self.trainer is not None, "the data module is attached to a trainer"
+        set_epoch = getattr(self._train, "set_epoch", None)  # of data that is augmented
+        if set_epoch is not None:
+            set_epoch(self.trainer.current_epoch)
         return self._loader(self._train, self._sampler(self.trainer.current_epoch))
 
     def val_dataloader(self) -> DataLoader[Example]:
@@ -372,6 +377,7 @@ class _Batches(LightningDataModule):
         sampler = TokenBudgetBatches(
             self._train.lengths,
             self._settings.max_tokens,
+            max_sequences=self._settings.batch_size,
             shuffle=True,
             seed=self._settings.seed,
             rank=self.trainer.global_rank if self.trainer else 0,

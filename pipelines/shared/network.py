@@ -78,8 +78,7 @@ class SequenceClassifier(nn.Module):
         """Score every sequence of the batch."""
         x = self.stem(batch.inputs, batch.lengths)
         lengths = batch.lengths.to(x.device)
-        segment = torch.arange(lengths.numel(), device=x.device).repeat_interleave(lengths)
-        place = torch.arange(x.shape[0], device=x.device) + (segment + 1) * self.num_registers
+        segment, place = self._places(batch.coords, lengths)
         joined = self._with_registers(x, place, lengths)
         encoded = self.encoder(joined[None], self.build_layouts(batch))[0]
         pooled, attention = self.pool(encoded[place], segment, lengths.numel())
@@ -92,13 +91,26 @@ class SequenceClassifier(nn.Module):
         if not self.encoder.patterns:
             return ()
         lengths = batch.lengths.to(batch.coords.device)
-        segment = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
+        _, place = self._places(batch.coords, lengths)
         total = batch.coords.shape[0] + lengths.numel() * self.num_registers
-        place = torch.arange(batch.coords.shape[0], device=lengths.device)
-        place = place + (segment + 1) * self.num_registers
         coords = batch.coords.new_zeros(total, batch.coords.shape[1])
         coords[place] = batch.coords
         return self.encoder.build_layouts(coords, segments=lengths + self.num_registers)
+
+    def _places(
+        self, coords: Int64[Tensor, "T P"], lengths: Int64[Tensor, " S"]
+    ) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " T"]]:
+        """Each token's sequence, and its place behind the registers.
+
+        In one dimension tokens are put in the order of their coordinates, so that windows touch few
+        blocks whatever the order they come in.
+        """
+        sequence = torch.arange(lengths.numel(), device=lengths.device)
+        segment = sequence.repeat_interleave(lengths, output_size=coords.shape[0])
+        place = torch.arange(coords.shape[0], device=lengths.device)
+        if coords.shape[1] == 1:
+            place[torch.argsort((segment << 32) + coords[:, 0], stable=True)] = place.clone()
+        return segment, place + (segment + 1) * self.num_registers
 
     def _with_registers(
         self, x: Float[Tensor, "T E"], place: Int64[Tensor, " T"], lengths: Int64[Tensor, " S"]

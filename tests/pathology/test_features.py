@@ -50,7 +50,7 @@ def test_bad_slides_are_listed_and_the_rest_is_done(tissue_slide, tmp_path, writ
     write_tiff(slides / "zz_last.tiff", good)
     report = extract(slides, tmp_path / "store")
     assert report.done == ["tissue", "zz_last"]
-    assert [(f.slide_id, f.status) for f in report.failures] == [
+    assert [(f.id, f.status) for f in report.failures] == [
         ("coarse", "too_coarse"),
         ("cut", "unreadable"),
         ("glass", "empty"),
@@ -126,7 +126,7 @@ def test_real_folder_runs_past_its_bad_slides(real_data, tmp_path):
         (slides / name).symlink_to(real_data / "slides" / "colorectal" / name)
     report = extract(slides, tmp_path / "store", StatsEncoder(), TilePlan(256))
     assert report.done == ["CMU-1-Small-Region", "crc_AC_00", "crc_H_05"]
-    assert {f.slide_id: f.status for f in report.failures} == {
+    assert {f.id: f.status for f in report.failures} == {
         "CMU-1-Small-Region.jp2": "unreadable",
         "CMU-1-Small-Region.jpeg": "mpp_suspect",
         "TCGA-CR-7395-01A-01-TS1": "missing_mpp",

@@ -1,0 +1,195 @@
+"""Both verbs, through the command line, on small real files."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from Bio import bgzf
+
+from pipelines.genomics.__main__ import VERBS
+from pipelines.shared.cli import main
+
+QUICK = ["logger=none", "trainer.progress=false", "epochs=1"]
+SMALL = ["data.num_train=24", "data.num_val=8", "data.num_test=12", *QUICK]
+
+
+def run(*arguments: object) -> int:
+    return main("genomics", VERBS, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dna")
+    code = run("train", f"out={folder / 'run'}", f"data_root={folder / 'data'}", *SMALL)
+    assert code == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def records(trained: Path) -> tuple[Path, Path]:
+    folder = trained.parent / "data" / "genomics" / "synthetic"
+    return next(folder.glob("*.fa")), next(folder.glob("*.tsv"))
+
+
+def test_default_makes_its_records_and_compares(trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert set(metrics["scores"]) == {"model", "kmer", "window", "shuffled"}
+    assert metrics["engine"] == "blockwise"
+    assert "predict fasta=FILE" in (trained / "summary.txt").read_text()
+    assert len(pd.read_csv(trained / "predictions.tsv", sep="\t")) == 12
+
+
+@pytest.mark.parametrize("kind", ["fa", "fa.gz", "fa.bgz"])
+def test_own_records_and_predictions_in_input_order(
+    kind: str, records: tuple[Path, Path], tmp_path: Path
+) -> None:
+    text = records[0].read_bytes()
+    fasta = tmp_path / f"mine.{kind}"
+    opener = {"fa": open, "fa.gz": gzip.open, "fa.bgz": bgzf.open}[kind]
+    with opener(fasta, "wb") as file:
+        file.write(text)
+    code = run(
+        "train", f"fasta={fasta}", f"labels={records[1]}", f"out={tmp_path / 'run'}",
+        "context=200", "overlap=50", "baselines=[]", *QUICK,
+    )  # fmt: skip
+    assert code == 0
+    code = run(
+        "predict", f"fasta={fasta}", f"ckpt={tmp_path / 'run' / 'model.ckpt'}",
+        f"out={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert code == 0
+    table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
+    names = [line[1:].split()[0] for line in text.decode().splitlines() if line[0] == ">"]
+    assert table["id"].tolist() == names
+    assert (table["num_windows"] == 2).all()
+    ours = pd.read_csv(tmp_path / "run" / "predictions.tsv", sep="\t").set_index("id")
+    again = table.set_index("id").loc[ours.index]
+    columns = [column for column in ours if column.startswith("probability")]
+    assert (ours[columns] - again[columns]).abs().to_numpy().max() < 1e-5
+
+
+def test_partnerless_records_are_listed(
+    records: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(records[1], sep="\t", dtype=str)
+    lonely = table["id"].iloc[0]
+    table["id"] = table["id"].replace(lonely, "nowhere")
+    table.to_csv(tmp_path / "labels.tsv", sep="\t", index=False)
+    code = run(
+        "train", f"fasta={records[0]}", f"labels={tmp_path / 'labels.tsv'}",
+        f"out={tmp_path / 'run'}", "baselines=[]", *QUICK,
+    )  # fmt: skip
+    assert code == 3
+    failures = pd.read_csv(tmp_path / "run" / "failures.csv").set_index("id")
+    assert failures["status"].to_dict() == {lonely: "no_label", "nowhere": "no_record"}
+
+
+def cut_at_a_block(path: Path) -> None:
+    """Drop whole blocks from the end of a BGZF file: what is left still decompresses."""
+    with open(path, "rb") as file:
+        starts = [start for start, *_ in bgzf.BgzfBlocks(file)]
+    path.write_bytes(path.read_bytes()[: starts[len(starts) // 2]])
+
+
+BAD_FASTA = {
+    "missing": (None, ["absent.fa"]),
+    "empty": (b"", ["empty"]),
+    "header only": (b">a\n", ["'a'"]),
+    "leading text": (b"hello\n>a\nACGT\n", ["line 1"]),
+    "duplicate ids": (b">a\nACGT\n>b\nAC\n>a\nGGTT\n", ["'a'", "1", "3"]),
+    "protein": (b">mystery\nMKVLEFPQILEFPQ\n", ["protein", "mystery"]),
+    "digits": (b">a\nACGT\n>b\nAC1GT\n", ["'b'", "3"]),
+    "binary": (bytes(range(256)) * 4, [""]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FASTA, ids=str)
+@pytest.mark.parametrize("verb", ["train", "predict"])
+def test_bad_fasta_is_named(
+    case: str,
+    verb: str,
+    trained: Path,
+    records: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content, words = BAD_FASTA[case]
+    fasta = tmp_path / ("absent.fa" if content is None else "bad.fa")
+    if content is not None:
+        fasta.write_bytes(content)
+    given = (
+        [f"labels={records[1]}", *QUICK] if verb == "train" else [f"ckpt={trained / 'model.ckpt'}"]
+    )
+    code = run(verb, f"fasta={fasta}", *given, f"out={tmp_path / 'out'}")
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith("error: ")
+    assert fasta.name in error
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize("kind", ["gz", "bgz", "bgz at a block boundary"])
+def test_truncated_files_are_named(
+    kind: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import numpy as np
+
+    letters = np.random.default_rng(0).choice(list("ACGT"), 300_000)
+    text = f">a\n{''.join(letters)}\n".encode()
+    path = tmp_path / f"cut.fa.{kind[:3].strip()}"
+    with (bgzf.open if kind.startswith("bgz") else gzip.open)(path, "wb") as file:
+        file.write(text)
+    if kind.endswith("boundary"):
+        cut_at_a_block(path)
+    else:
+        path.write_bytes(path.read_bytes()[:-1000])
+    code = run(
+        "predict", f"fasta={path}", f"ckpt={trained / 'model.ckpt'}", f"out={tmp_path / 'out'}"
+    )
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert path.name in error
+    assert "truncated" in error or "cut" in error.replace(path.name, "") or "end" in error
+
+
+def test_checkpoint_of_the_other_pipeline_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.pathology.__main__ import VERBS as SLIDES
+
+    code = main(
+        "pathology", SLIDES, ["predict", f"slides={tmp_path}", f"ckpt={trained / 'model.ckpt'}"]
+    )
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "genomics" in error
+    assert "python -m pipelines.genomics predict" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pattern=longformer"], ["longformer", "window_global"]),
+        (["model=huge"], ["huge", "tiny"]),
+        (["baselines=[cnn]"], ["cnn", "kmer"]),
+        (["labels=x.tsv"], ["fasta=FILE"]),
+        (["fasta=x.fa"], ["labels=TABLE"]),
+        (["overlap=500"], ["overlap"]),
+        (["data.right_gap=[2,4]"], ["gaps must exceed"]),
+    ],
+    ids=lambda x: x[0],
+)
+def test_bad_commands_are_named(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run("train", *arguments, f"out={tmp_path / 'o'}", f"data_root={tmp_path / 'd'}", *SMALL)
+    error = capsys.readouterr().err
+    assert code == 2, error
+    for word in words:
+        assert word in error
