@@ -24,6 +24,7 @@ from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitSettings
 from pipelines.shared.inference import Prediction
 from pipelines.shared.metrics import Score, format_table
+from pipelines.shared.network import read_patterns
 from pipelines.shared.record import RunState, finish_run, is_main_process, open_run
 from pipelines.shared.splits import assign_splits
 from pipelines.shared.study import (
@@ -52,6 +53,12 @@ def train(config: dict[str, Any]) -> int:
     if unknown:
         raise InputError(f"baselines must be of {', '.join(BASELINES)}; got {', '.join(unknown)}")
     settings = FitSettings.from_config(config)
+    read_patterns(config["pattern"]["expression"], config["model"]["depth"])
+    if not 0 <= config["overlap"] < config["context"]:
+        raise InputError(
+            f"overlap must be at least 0 and below context; got overlap={config['overlap']}, "
+            f"context={config['context']}"
+        )
     fasta, labels = _input_files(config)
     out = Path(config["out"])
     if open_run(out, config) is RunState.FINISHED:
@@ -74,7 +81,10 @@ def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
         raise InputError("labels= needs fasta=FILE with the records they name")
     data = config["data"]
     names = {f.name for f in fields(MotifPlan)}
-    plan = MotifPlan(**{key: value for key, value in data.items() if key in names})
+    try:
+        plan = MotifPlan(**{key: value for key, value in data.items() if key in names})
+    except ValueError as error:
+        raise InputError(f"data=synthetic: {error}") from None
     sizes = {key: data[key] for key in ("num_train", "num_val", "num_test", "seed")}
     return write_dataset(Path(config["data_root"]) / "genomics" / "synthetic", plan, **sizes)
 

@@ -106,7 +106,7 @@ def _predict_slides(
     todo = [slide_id for slide_id in slide_ids if not _result_file(out, slide_id).exists()]
     data = SlideDataset(store, todo)
     predictions = run(network, data, max_tokens=config["max_tokens"], device=config["device"])
-    for prediction in track(predictions, total=len(todo), label="predict"):
+    for prediction in track(predictions, total=len(todo), label="predict", enabled=True):
         if config["heatmaps"]:
             path = out / "heatmaps" / f"{prediction.id}.png"
             draw_heatmap(path, store, prediction, classes)

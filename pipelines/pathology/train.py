@@ -23,6 +23,7 @@ from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitSettings
 from pipelines.shared.inference import Prediction
 from pipelines.shared.metrics import Score, format_table
+from pipelines.shared.network import read_patterns
 from pipelines.shared.record import RunState, finish_run, is_main_process, open_run
 from pipelines.shared.splits import assign_splits
 from pipelines.shared.study import (
@@ -57,6 +58,7 @@ def train(config: dict[str, Any]) -> int:
     if unknown:
         raise InputError(f"baselines must be of {', '.join(BASELINES)}; got {', '.join(unknown)}")
     settings = FitSettings.from_config(config)
+    read_patterns(config["pattern"]["expression"], config["model"]["depth"])
     plan = make_plan(config)
     encoder = build_encoder(**config["encoder"])
     folder, labels = _input_files(config)

@@ -108,9 +108,10 @@ def pack(examples: list[Example]) -> PackedBatch:
 class TokenBudgetBatches(Sampler[list[int]]):
     """Fill batches up to a number of tokens; every example comes exactly once per epoch.
 
-    `max_sequences` bounds the examples of a batch as well. Examples come in order, or shuffled by `seed` and epoch. One that is longer than the budget is a
-    batch of its own. With `num_ranks` > 1 each rank gets every num_ranks-th batch and the first
-    batches come again at the end, so that all ranks take the same number of steps.
+    `max_sequences` bounds the examples of a batch as well. Examples come in order, or shuffled by
+    `seed` and epoch. One that is longer than the budget is a batch of its own. With `num_ranks` > 1
+    each rank gets every num_ranks-th batch and the first batches come again at the end, so that all
+    ranks take the same number of steps.
     """
 
     def __init__(

@@ -41,7 +41,8 @@ class FitSettings:
     """How to train; the names are those of the configuration.
 
     A batch holds at most `max_tokens` tokens and `batch_size` sequences; a longer sequence comes
-    alone. With `steps` the number of epochs follows: as many whole ones as hold at least so many steps.
+    alone. With `steps` the number of epochs follows: as many whole ones as hold at least so many
+    steps.
     `select` chooses the weights that are kept: the epoch with the lowest validation loss, with the
     highest validation AUROC, or the last. `patience` stops after so many epochs without a better
     one. `save_last` keeps the state in `last.ckpt`, from which the same run goes on.

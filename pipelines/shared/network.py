@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from pipelines.shared.batch import PackedBatch
+from pipelines.shared.errors import InputError
 from sparse_core.layout import BlockLayout
 from sparse_core.nn import SparseEncoder
 from sparse_core.ops import Backend
@@ -231,9 +232,12 @@ class ConvolutionStem(nn.Module):
 
 
 def read_patterns(pattern: str | list[str] | None, depth: int) -> list[Pattern | None]:
-    """Read a pattern's text, or one text for each layer."""
+    """Read a pattern's text, or one for each layer; raises InputError for what is no pattern."""
     texts = pattern if isinstance(pattern, list) else [pattern] * depth
-    return [None if text is None else Pattern.parse(text) for text in texts]
+    try:
+        return [None if text is None else Pattern.parse(text) for text in texts]
+    except ValueError as error:
+        raise InputError(f"pattern.expression: {error}") from None
 
 
 def leading_globals(pattern: Pattern) -> int:

@@ -188,7 +188,9 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
 def test_bad_commands_are_named(
     arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = run("train", *arguments, f"out={tmp_path / 'o'}", f"data_root={tmp_path / 'd'}", *SMALL)
+    settings = QUICK if any("fasta" in argument for argument in arguments) else SMALL
+    where = [f"out={tmp_path / 'o'}", f"data_root={tmp_path / 'd'}"]
+    code = run("train", *arguments, *where, *settings)
     error = capsys.readouterr().err
     assert code == 2, error
     for word in words:

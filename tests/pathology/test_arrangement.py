@@ -45,7 +45,7 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> SlideDataset:
 
 
 def scores(data: SlideDataset, seed: int, **architecture: object) -> np.ndarray:
-    """Score of class 1 by a random network, in float64 and rounded well above its noise."""
+    """Score of class 1 by a random network in float64; rotary angles have the noise of float32."""
     torch.manual_seed(seed)
     network = SlideClassifier(
         num_features=66, dim=16, num_heads=2, num_classes=2, **{"depth": 2, **architecture}
@@ -54,7 +54,7 @@ def scores(data: SlideDataset, seed: int, **architecture: object) -> np.ndarray:
     network.stem.standardise(torch.cat([example.inputs for example in examples]))
     with torch.inference_mode():
         logits = network.double().eval()(pack(examples)).logits
-    return (logits[:, 1] - logits[:, 0]).numpy().round(9)
+    return (logits[:, 1] - logits[:, 0]).numpy().round(6)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "attention"])

@@ -47,9 +47,8 @@ def test_rotary_leaves_spare_channels_alone() -> None:
 def test_encoder_mixes_only_what_the_pattern_lets() -> None:
     encoder = SparseEncoder(32, 2, 4, SlidingWindow(3))
     x = torch.randn(1, 60, 32, requires_grad=True)
-    encoder(x, encoder.build_layouts(60, segments=[40, 20]))[0, 20].square().mul(
-        torch.randn(32)
-    ).sum().backward()
+    encoded = encoder(x, encoder.build_layouts(60, segments=[40, 20]))
+    (encoded[0, 20] * torch.randn(32)).sum().backward()
     touched = x.grad[0].abs().sum(1).nonzero()[:, 0].tolist()
     assert touched == list(range(14, 27))
 
