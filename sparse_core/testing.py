@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_core.reference import reference_attention
@@ -55,6 +55,19 @@ def make_inputs(
         draw(batch, num_queries, heads, head_dim),
         draw(batch, heads, num_queries),
     )
+
+
+def make_tissue(num_tiles: int) -> Int[Tensor, "T 2"]:
+    """Coordinates of ragged tissue that fills 40 % of its grid, along a Z-order curve."""
+    bits = (int(num_tiles / 0.4) - 1).bit_length()
+    position = torch.arange(1 << bits)
+    x, y = torch.zeros_like(position), torch.zeros_like(position)
+    for bit in range(bits):
+        axis = x if bit % 2 == 0 else y
+        axis |= ((position >> bit) & 1) << (bit // 2)
+    height = torch.sin(x / 37) + torch.sin(y / 53) + torch.sin((x + y) / 71)
+    sea_level = height[:: max(1, height.numel() // 2**20)].quantile(0.6)
+    return torch.stack([x, y], -1)[height > sea_level][:num_tiles]
 
 
 Attention = Callable[..., tuple[Tensor, Tensor]]

@@ -22,6 +22,7 @@ from sparse_core.patterns import (
     Strided,
 )
 from sparse_core.patterns.terms import Tokens
+from sparse_core.testing import make_tissue
 
 
 @dataclass(frozen=True, repr=False)
@@ -234,6 +235,25 @@ def test_a_million_tokens_cost_little(pattern: Pattern) -> None:
     assert time.process_time() - begin < 20
     assert layout.nbytes() < 32e6
     assert layout.num_blocks < 2**21
+
+
+def test_a_million_tiles_of_tissue_cost_little() -> None:
+    tissue = make_tissue(MILLION)
+    assert len(tissue) == MILLION
+    begin = time.process_time()
+    layout = build_layout(SlidingWindow(8), tissue)
+    assert time.process_time() - begin < 20
+    assert layout.num_blocks < 30 * MILLION // 64
+    small = make_tissue(500)
+    check(SlidingWindow(3) | GlobalTokens(2), small, block_size=16)
+
+
+def test_five_thousand_documents_cost_little() -> None:
+    lengths = torch.randint(64, 350, (5_000,), generator=torch.Generator().manual_seed(0))
+    begin = time.process_time()
+    layout = build_layout(SlidingWindow(64) | GlobalTokens(4), int(lengths.sum()), segments=lengths)
+    assert time.process_time() - begin < 20
+    assert layout.num_blocks < 60_000
 
 
 def test_memory_grows_with_the_length() -> None:
