@@ -7,7 +7,6 @@ gradients. Medians of several runs. Run it on a quiet machine.
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from sparse_core.patterns import (
     SlidingWindow,
     Strided,
 )
-from sparse_core.testing import make_tissue
+from sparse_core.testing import make_tissue, peak_memory
 
 MILLION = 1_048_576
 HEADS, HEAD_DIM, RADIUS = 4, 64, 256
@@ -156,17 +155,12 @@ def _memory_of_one_call() -> int:
     gradient = torch.randn(shape)
     layout = build_layout(SlidingWindow(RADIUS), shape[1])
     room = [torch.ones(shape) for _ in range(3)]
-    before = _peak()
+    before = peak_memory()
     del room
     out = sparse_attention(q, k, v, layout)
     assert isinstance(out, Tensor)
     out.backward(gradient)
-    return _peak() - before
-
-
-def _peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory() - before
 
 
 def _median(run: Callable[[], object], repeats: int = 3) -> float:

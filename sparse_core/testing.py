@@ -1,7 +1,10 @@
 """Inputs and tolerances for tests of anything that computes attention."""
 
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,6 +58,16 @@ def make_inputs(
         draw(batch, num_queries, heads, head_dim),
         draw(batch, heads, num_queries),
     )
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most; on Linux without what its parent held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def make_tissue(num_tiles: int) -> Int[Tensor, "T 2"]:
