@@ -364,7 +364,7 @@ def _flatten(config: Mapping[str, object], prefix: str = "") -> dict[str, object
 
 
 def _to_yaml(config: Config) -> str:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     text: str = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     return text

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from pipelines.shared.errors import InputError
 
