@@ -25,19 +25,21 @@ from pipelines.shared.fit import FitSettings
 from pipelines.shared.inference import Prediction
 from pipelines.shared.metrics import Score, format_table
 from pipelines.shared.network import read_patterns
-from pipelines.shared.record import RunState, finish_run, is_main_process, open_run
+from pipelines.shared.record import finish_run, is_main_process
 from pipelines.shared.splits import assign_splits
 from pipelines.shared.study import (
     Contender,
     Probabilities,
     Result,
     TestSet,
+    begin_run,
+    check_baselines,
+    choose_class_weights,
     probability_table,
     run_contender,
     summarise,
 )
 from pipelines.shared.tables import Failure, write_failures, write_table
-from pipelines.shared.task import balanced_weights
 
 TASK = "genomics"
 BASELINES = {
@@ -49,9 +51,7 @@ BASELINES = {
 
 def train(config: dict[str, Any]) -> int:
     """Train and score; 0, or 3 if records or labels stayed without a partner."""
-    unknown = sorted(set(config["baselines"]) - set(BASELINES))
-    if unknown:
-        raise InputError(f"baselines must be of {', '.join(BASELINES)}; got {', '.join(unknown)}")
+    check_baselines(config["baselines"], BASELINES)
     settings = FitSettings.from_config(config)
     read_patterns(config["pattern"]["expression"], config["model"]["depth"])
     if not 0 <= config["overlap"] < config["context"]:
@@ -61,9 +61,7 @@ def train(config: dict[str, Any]) -> int:
         )
     fasta, labels = _input_files(config)
     out = Path(config["out"])
-    if open_run(out, config) is RunState.FINISHED:
-        print((out / "summary.txt").read_text(encoding="utf-8"))
-        print(f"{out} holds this finished run; give another out= to train again")
+    if not begin_run(out, config):
         return 0
     table = read_label_table(labels)
     store = ingest(fasta, Path(config["store"] or out / "store"))
@@ -180,18 +178,17 @@ class _Study:
             windows("val"),
             windows("test"),
         )
-        weights = None
-        if self.config["task"]["class_weights"] == "balanced":
-            weights = balanced_weights(
-                self.targets[self.rows["train"]].tolist(), num_classes=len(self.classes)
-            )
         return run_contender(
             name,
             contender,
             out=self.out,
             settings=self.settings,
             test=self.test,
-            class_weights=weights,
+            class_weights=choose_class_weights(
+                self.config["task"]["class_weights"],
+                self.targets[self.rows["train"]].tolist(),
+                len(self.classes),
+            ),
             collect=self._by_record,
         )
 

@@ -14,6 +14,7 @@ from pipelines.pathology.features import extract_features
 from pipelines.pathology.model import SlideClassifier
 from pipelines.pathology.progress import track
 from pipelines.pathology.slides import find_slides
+from pipelines.pathology.store import read_provenance, slide_folder
 from pipelines.pathology.tiling import TilePlan
 from pipelines.pathology.train import TASK, draw_heatmap
 from pipelines.shared.checkpoint import LoadedModel, load_model
@@ -103,14 +104,14 @@ def _predict_slides(
     """Predict what has no result yet; return all results in the folder's order."""
     network = SlideClassifier(**model.config)  # type: ignore[arg-type]
     network.load_state_dict(model.state_dict)
-    todo = [slide_id for slide_id in slide_ids if not _result_file(out, slide_id).exists()]
+    todo = [slide_id for slide_id in slide_ids if not _is_done(out, store, slide_id)]
     data = SlideDataset(store, todo)
     predictions = run(network, data, max_tokens=config["max_tokens"], device=config["device"])
     for prediction in track(predictions, total=len(todo), label="predict", enabled=True):
         if config["heatmaps"]:
             path = out / "heatmaps" / f"{prediction.id}.png"
             draw_heatmap(path, store, prediction, classes)
-        _keep(out, prediction)
+        _keep(out, store, prediction)
     return [
         (slide_id, json.loads(_result_file(out, slide_id).read_text(encoding="utf-8"))["logits"])
         for slide_id in slide_ids
@@ -121,9 +122,22 @@ def _result_file(out: Path, slide_id: str) -> Path:
     return out / "slides" / f"{slide_id}.json"
 
 
-def _keep(out: Path, prediction: Prediction) -> None:
+def _is_done(out: Path, store: Path, slide_id: str) -> bool:
+    """Tell whether a slide has a result, made from the features that it has now."""
+    path = _result_file(out, slide_id)
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return bool(result["provenance"] == read_provenance(slide_folder(store, slide_id)))
+
+
+def _keep(out: Path, store: Path, prediction: Prediction) -> None:
     path = _result_file(out, prediction.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    aside.write_text(json.dumps({"logits": prediction.logits.tolist()}), encoding="utf-8")
+    result = {
+        "logits": prediction.logits.tolist(),
+        "provenance": read_provenance(slide_folder(store, prediction.id)),
+    }
+    aside.write_text(json.dumps(result), encoding="utf-8")
     os.replace(aside, path)

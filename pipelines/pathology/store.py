@@ -149,6 +149,12 @@ def is_current(folder: Path, expected: Provenance) -> bool:
     return attributes is not None and attributes.get("provenance") == asdict(expected)
 
 
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """Say what a slide's features were made from; None where there are none."""
+    attributes = _read_attributes(folder)
+    return None if attributes is None else attributes.get("provenance")
+
+
 def _attributes(
     slide_id: str,
     reader: SlideReader,

@@ -24,19 +24,21 @@ from pipelines.shared.fit import FitSettings
 from pipelines.shared.inference import Prediction
 from pipelines.shared.metrics import Score, format_table
 from pipelines.shared.network import read_patterns
-from pipelines.shared.record import RunState, finish_run, is_main_process, open_run
+from pipelines.shared.record import finish_run, is_main_process
 from pipelines.shared.splits import assign_splits
 from pipelines.shared.study import (
     Contender,
     Probabilities,
     Result,
     TestSet,
+    begin_run,
+    check_baselines,
+    choose_class_weights,
     probability_table,
     run_contender,
     summarise,
 )
 from pipelines.shared.tables import Failure, read_labels, read_table, write_failures, write_table
-from pipelines.shared.task import balanced_weights
 
 TASK = "pathology"
 BASELINES = {
@@ -54,9 +56,7 @@ _SPLITS = ("train", "val", "test")
 
 def train(config: dict[str, Any]) -> int:
     """Train and score; 0, or 3 if slides failed or labels and slides stayed without a partner."""
-    unknown = sorted(set(config["baselines"]) - set(BASELINES))
-    if unknown:
-        raise InputError(f"baselines must be of {', '.join(BASELINES)}; got {', '.join(unknown)}")
+    check_baselines(config["baselines"], BASELINES)
     settings = FitSettings.from_config(config)
     read_patterns(config["pattern"]["expression"], config["model"]["depth"])
     plan = make_plan(config)
@@ -64,9 +64,7 @@ def train(config: dict[str, Any]) -> int:
     folder, labels = _input_files(config)
     files, table = find_slides(folder), _read_slide_labels(labels)
     out = Path(config["out"])
-    if open_run(out, config) is RunState.FINISHED:
-        print((out / "summary.txt").read_text(encoding="utf-8"))
-        print(f"{out} holds this finished run; give another out= to train again")
+    if not begin_run(out, config):
         return 0
     store = Path(config["features"] or out / "features")
     files, failures = _match(files, table, labels)
@@ -238,17 +236,17 @@ class _Study:
         if name == "shuffled":
             data = {split: self._dataset(split, shuffle_positions=True) for split in _SPLITS}
         contender = Contender(lambda: self._build(name), data["train"], data["val"], data["test"])
-        weights = None
-        if self.config["task"]["class_weights"] == "balanced":
-            known = self._of(self.targets, "train")
-            weights = balanced_weights(known, num_classes=len(self.classes))
         return run_contender(
             name,
             contender,
             out=self.out,
             settings=self.settings,
             test=self.test,
-            class_weights=weights,
+            class_weights=choose_class_weights(
+                self.config["task"]["class_weights"],
+                self._of(self.targets, "train"),
+                len(self.classes),
+            ),
             collect=_in_order,
         )
 

@@ -10,13 +10,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipelines.shared.batch import Examples
+from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitReport, FitSettings, fit, seed_everything
 from pipelines.shared.inference import Prediction, predict
 from pipelines.shared.metrics import Score, evaluate
+from pipelines.shared.record import RunState, open_run
+from pipelines.shared.task import balanced_weights
 from sparse_core.ops import choose_engine
 
 DECIMALS = 6
 """Of saved probabilities: well above rounding noise, so that ties stay ties."""
+
+Weights = list[float] | None
 
 Probabilities = NDArray[np.float64]
 """One row per test item, one column per class."""
@@ -58,6 +63,27 @@ class Result:
     scores: dict[str, Score]
 
 
+def check_baselines(chosen: Sequence[str], known: Mapping[str, str]) -> None:
+    """Raise InputError for a baseline that the pipeline does not have."""
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        raise InputError(f"baselines must be of {', '.join(known)}; got {', '.join(unknown)}")
+
+
+def begin_run(out: Path, config: Mapping[str, object]) -> bool:
+    """Begin or go on with a run; False if it is finished, after showing its summary again."""
+    if open_run(out, config) is not RunState.FINISHED:
+        return True
+    print((out / "summary.txt").read_text(encoding="utf-8"))
+    print(f"{out} holds this finished run; give another out= to train again")
+    return False
+
+
+def choose_class_weights(choice: str | None, targets: Sequence[int], num_classes: int) -> Weights:
+    """Weights of the classes in the loss: none, or `balanced` by their number in training."""
+    return balanced_weights(targets, num_classes=num_classes) if choice == "balanced" else None
+
+
 def run_contender(
     name: str,
     contender: Contender,
@@ -65,7 +91,7 @@ def run_contender(
     out: Path,
     settings: FitSettings,
     test: TestSet,
-    class_weights: Sequence[float] | None = None,
+    class_weights: Weights = None,
     collect: Callable[[Iterable[Prediction]], Probabilities],
 ) -> Result:
     """Train one contender in `out/models/NAME`, select its epoch on validation, score it on test.
