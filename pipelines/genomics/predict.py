@@ -12,7 +12,7 @@ from pipelines.genomics.train import TASK, record_probabilities
 from pipelines.shared.checkpoint import load_model
 from pipelines.shared.errors import InputError
 from pipelines.shared.inference import predict as run
-from pipelines.shared.record import RunState, finish_run, open_run
+from pipelines.shared.record import RunState, finish_run, make_folder, open_run
 from pipelines.shared.study import probability_table
 from pipelines.shared.tables import write_table
 
@@ -25,6 +25,7 @@ def predict(config: dict[str, Any]) -> int:
     network = DnaClassifier(**model.config)  # type: ignore[arg-type]
     network.load_state_dict(model.state_dict)
     out = Path(config["out"])
+    make_folder(out)
     store = ingest(Path(config["fasta"]), Path(config["store"] or out / "store"))
     record = {**config, "data": store.fingerprint}
     if open_run(out, record) is RunState.FINISHED:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitSettings
 from pipelines.shared.inference import Prediction
 from pipelines.shared.metrics import Score, format_table
-from pipelines.shared.network import read_patterns
 from pipelines.shared.record import finish_run, is_main_process
 from pipelines.shared.splits import assign_splits
 from pipelines.shared.study import (
@@ -32,8 +32,10 @@ from pipelines.shared.study import (
     Probabilities,
     Result,
     TestSet,
+    architecture_of,
     begin_run,
     check_baselines,
+    check_network,
     choose_class_weights,
     probability_table,
     run_contender,
@@ -53,7 +55,7 @@ def train(config: dict[str, Any]) -> int:
     """Train and score; 0, or 3 if records or labels stayed without a partner."""
     check_baselines(config["baselines"], BASELINES)
     settings = FitSettings.from_config(config)
-    read_patterns(config["pattern"]["expression"], config["model"]["depth"])
+    check_network(partial(DnaClassifier, **architecture_of(config, num_classes=2)))
     if not 0 <= config["overlap"] < config["context"]:
         raise InputError(
             f"overlap must be at least 0 and below context; got overlap={config['overlap']}, "
@@ -106,6 +108,7 @@ class _Study:
         rows = table.iloc[match.rows]
         given = rows["split"].tolist() if "split" in rows else None
         self.classes = sorted(rows["label"].unique())
+        self.architecture = architecture_of(config, num_classes=len(self.classes))
         self.targets = np.array([self.classes.index(label) for label in rows["label"]])
         self.records = match.records
         self.groups = rows["group"].tolist()
@@ -130,7 +133,7 @@ class _Study:
 
     def run(self) -> int:
         """Train everything, print the comparison, write the model and the run's record."""
-        model = self._train("model", self._architecture())
+        model = self._train("model", self.architecture)
         results, scores = {"model": model}, {"model": model.scores}
         for name in self.config["baselines"]:
             if name == "kmer":
@@ -142,19 +145,11 @@ class _Study:
             self._write(results, scores)
         return 3 if self.failures else 0
 
-    def _architecture(self, **changes: object) -> dict[str, Any]:
-        return {
-            **self.config["model"],
-            "pattern": self.config["pattern"]["expression"],
-            "num_classes": len(self.classes),
-            **changes,
-        }
-
     def _train_baseline(self, name: str) -> Result:
         if name == "window":
             alone = f"SlidingWindow(radius={self.config['window']})"
-            return self._train(name, self._architecture(pattern=alone))
-        return self._train(name, self._architecture(), shuffle_positions=True)
+            return self._train(name, {**self.architecture, "pattern": alone})
+        return self._train(name, self.architecture, shuffle_positions=True)
 
     def _train(
         self, name: str, architecture: dict[str, Any], *, shuffle_positions: bool = False

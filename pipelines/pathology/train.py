@@ -1,6 +1,7 @@
 """`train`: from slides and labels to a model, scored beside its baselines."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitSettings
 from pipelines.shared.inference import Prediction
 from pipelines.shared.metrics import Score, format_table
-from pipelines.shared.network import read_patterns
 from pipelines.shared.record import finish_run, is_main_process
 from pipelines.shared.splits import assign_splits
 from pipelines.shared.study import (
@@ -31,8 +31,10 @@ from pipelines.shared.study import (
     Probabilities,
     Result,
     TestSet,
+    architecture_of,
     begin_run,
     check_baselines,
+    check_network,
     choose_class_weights,
     probability_table,
     run_contender,
@@ -58,9 +60,10 @@ def train(config: dict[str, Any]) -> int:
     """Train and score; 0, or 3 if slides failed or labels and slides stayed without a partner."""
     check_baselines(config["baselines"], BASELINES)
     settings = FitSettings.from_config(config)
-    read_patterns(config["pattern"]["expression"], config["model"]["depth"])
     plan = make_plan(config)
     encoder = build_encoder(**config["encoder"])
+    architecture = architecture_of(config, num_classes=2)
+    check_network(partial(SlideClassifier, num_features=encoder.dim, **architecture))
     folder, labels = _input_files(config)
     files, table = find_slides(folder), _read_slide_labels(labels)
     out = Path(config["out"])
@@ -251,11 +254,7 @@ class _Study:
         )
 
     def _build(self, name: str) -> SlideClassifier:
-        architecture: dict[str, Any] = {
-            **self.config["model"],
-            "pattern": self.config["pattern"]["expression"],
-            "num_classes": len(self.classes),
-        }
+        architecture = architecture_of(self.config, num_classes=len(self.classes))
         if name == "abmil":
             architecture |= {"depth": 0, "pattern": None}
         elif name == "no_attention":

@@ -55,6 +55,9 @@ class SequenceClassifier(nn.Module):
     ) -> None:
         super().__init__()
         patterns = read_patterns(pattern, depth)
+        for known in patterns:
+            if known is not None:
+                known.terms(coord_dims)  # raises if it asks for axes that are not there
         self.stem = stem
         self.encoder = SparseEncoder(
             dim,

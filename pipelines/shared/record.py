@@ -40,19 +40,29 @@ def open_run(
     Raises InputError when `out` is or passes through a file, cannot be written, or holds a run with
     another configuration; keys in `volatile` (and below them) may differ.
     """
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         state = _compare(out, config, volatile)
         if state is not RunState.FINISHED and is_main_process():
             _write(out / "versions.json", json.dumps(_versions(), indent=2))
             _write(out / "config.yaml", _to_yaml(config))
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    return state
+
+
+def make_folder(out: Path) -> None:
+    """Make the output folder; raises InputError where there cannot be one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"out={out} is a file, or lies in one; give a folder") from error
     except OSError as error:
-        raise InputError(
-            f"out={out} cannot be written ({error.strerror}); give another folder"
-        ) from error
-    return state
+        raise _cannot_write(out, error) from error
+
+
+def _cannot_write(out: Path, error: OSError) -> InputError:
+    return InputError(f"out={out} cannot be written ({error.strerror}); give another folder")
 
 
 def finish_run(out: Path, metrics: Mapping[str, object]) -> None:

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -68,6 +70,21 @@ def check_baselines(chosen: Sequence[str], known: Mapping[str, str]) -> None:
     unknown = sorted(set(chosen) - set(known))
     if unknown:
         raise InputError(f"baselines must be of {', '.join(known)}; got {', '.join(unknown)}")
+
+
+def architecture_of(config: dict[str, Any], *, num_classes: int) -> dict[str, Any]:
+    """Take the network's arguments from the configuration."""
+    expression = config["pattern"]["expression"]
+    return {**config["model"], "pattern": expression, "num_classes": num_classes}
+
+
+def check_network(build: Callable[[], nn.Module]) -> None:
+    """Raise InputError for sizes and patterns that make no network, before any work is done."""
+    try:
+        with torch.device("meta"):
+            build()
+    except ValueError as error:
+        raise InputError(f"model and pattern do not fit: {error}") from None
 
 
 def begin_run(out: Path, config: Mapping[str, object]) -> bool:

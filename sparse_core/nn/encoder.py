@@ -45,6 +45,8 @@ class SparseEncoder(nn.Module):
     ) -> None:
         super().__init__()
         each = list(pattern) if isinstance(pattern, Sequence) else [pattern] * depth
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads; got {dim=}, {num_heads=}")
         if len(each) != depth:
             raise ValueError(f"give one pattern, or one for each layer; got {len(each)}, {depth=}")
         self.patterns = tuple(dict.fromkeys(p for p in each if p is not None))

@@ -158,6 +158,16 @@ def test_truncated_files_are_named(
     assert "truncated" in error or "cut" in error.replace(path.name, "") or "end" in error
 
 
+def test_out_that_is_a_file_is_named(
+    trained: Path, records: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(
+        "predict", f"fasta={records[0]}", f"ckpt={trained / 'model.ckpt'}", f"out={records[1]}"
+    )
+    assert code == 2
+    assert "is a file" in capsys.readouterr().err
+
+
 def test_checkpoint_of_the_other_pipeline_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +192,8 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
         (["fasta=x.fa"], ["labels=TABLE"]),
         (["overlap=500"], ["overlap"]),
         (["data.right_gap=[2,4]"], ["gaps must exceed"]),
+        (["pattern.expression=SlidingWindow((2,3))"], ["2 radii", "1 axes"]),
+        (["model.num_heads=3"], ["multiple of num_heads"]),
     ],
     ids=lambda x: x[0],
 )

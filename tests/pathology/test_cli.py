@@ -209,6 +209,7 @@ BAD_COMMANDS = [
     (["baselines=[svm]"], ["svm", "abmil"]),
     (["pattern.expression=Windo(3)"], ["Windo", "SlidingWindow"]),
     (["tile_px=2"], ["tile_px"]),
+    (["model.dim=28"], ["head_dim"]),
     (["epochs=0"], ["epochs"]),
     (["unknown=1"], ["unknown"]),
     (["trainer=gpu"], ["GPU"]),
