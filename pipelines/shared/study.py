@@ -113,7 +113,8 @@ def run_contender(
 ) -> Result:
     """Train one contender in `out/models/NAME`, select its epoch on validation, score it on test.
 
-    `collect` turns the predictions of test examples into one row per test item.
+    `collect` turns the predictions of test examples into one row per test item. On the CPU they
+    are computed in float64, so that items which the network cannot tell apart tie exactly.
     """
     seed_everything(settings.seed)
     network, report = fit(
@@ -126,9 +127,12 @@ def run_contender(
         class_weights=class_weights,
     )
     device = "cuda" if settings.accelerator in ("gpu", "cuda") else "cpu"
+    if device == "cpu":
+        network.double()
     predictions = list(
         predict(network, contender.test, max_tokens=settings.max_tokens, device=device)
     )
+    network.float()
     probabilities = collect(predictions)
     return Result(network, report, predictions, probabilities, test.score(probabilities))
 
