@@ -287,19 +287,22 @@ def _compress(
     is_sorted: bool,
 ) -> tuple[Lists, Int[Tensor, "Z"]]:
     """Sort entries by row, partial before full; also give the order that did it."""
-    num_full = torch.bincount(major[full], minlength=num_major)
     num_entries = torch.bincount(major, minlength=num_major)
-    ptr = torch.nn.functional.pad(num_entries.cumsum(0), (1, 0)).to(torch.int32)
-    uniform = bool(full.all()) or not bool(full.any())
-    if is_sorted and uniform:
-        order = torch.arange(major.numel(), device=major.device)
+    all_full = bool(full.all())
+    uniform = all_full or not bool(full.any())
+    if uniform:
+        num_full = num_entries if all_full else torch.zeros_like(num_entries)
     else:
-        wide = 2 * num_major > 2**31 - 1
-        rank = major.to(torch.int64 if wide else torch.int32) * 2 + full
+        num_full = torch.bincount(major[full], minlength=num_major)
+    ptr = torch.nn.functional.pad(num_entries.cumsum(0), (1, 0)).to(torch.int32)
+    if is_sorted and uniform:
+        order, index = torch.arange(major.numel(), device=major.device), minor.to(torch.int32)
+    else:
+        rank = major.to(torch.int32) if uniform else major.to(torch.int32) * 2 + full
         order = torch.sort(rank, stable=True).indices
+        index = minor[order].to(torch.int32)
     empty = torch.empty(0, dtype=torch.int32, device=major.device)
     first_full = (ptr[1:] - num_full).to(torch.int32)
-    index = minor[order].to(torch.int32)
     return Lists(ptr[None], first_full[None], index, empty), order
 
 
