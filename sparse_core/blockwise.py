@@ -278,8 +278,7 @@ def _items(lists: Lists, group: int, limit: int) -> Iterator[list[_Item]]:
 
 def _round_up(count: int) -> int:
     """Next of 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ..."""
-    step = 1 << max(0, count.bit_length() - 4) if count > 8 else 1
-    step = max(step, (1 << (count - 1).bit_length()) // 8) if count > 8 else 1
+    step = max(1, (1 << (count - 1).bit_length()) // 8)
     return -(-count // step) * step
 
 

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_core import blockwise
-from sparse_core.layout import BlockLayout
+from sparse_core.blocking import Blocks
+from sparse_core.layout import BlockLayout, Lists, Part
 from sparse_core.reference import coordinate_distance, reference_attention
 
 Backend = Literal["auto", "blockwise", "reference", "triton"]
@@ -240,9 +241,6 @@ def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
 
 def _unflatten(tensors: list[Tensor], numbers: list[int]) -> BlockLayout:
     """Undo `_flatten`; lengths and the pattern's text are not needed by engines."""
-    from sparse_core.blocking import Blocks
-    from sparse_core.layout import Lists, Part
-
     flat, rest = iter(tensors), iter(numbers)
     query_coords, key_coords, query_flags, key_flags, group_of = (next(flat) for _ in range(5))
     parts = []

@@ -1,9 +1,8 @@
 """Predictions of a network for examples, whatever their order and batches."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -50,19 +49,3 @@ def predict(
                 probabilities=logits[row].softmax(dim=0),
                 attention=attention,
             )
-
-
-def tabulate(
-    predictions: Iterable[Prediction], classes: Sequence[str], *, id_column: str
-) -> pd.DataFrame:
-    """Return a row per prediction: id, predicted class, and the probability of each class.
-
-    Probabilities are rounded to six decimals, well above rounding noise, so that examples which the
-    network cannot tell apart stay tied and an AUROC of exactly 0.5 stays 0.5.
-    """
-    rows = []
-    for prediction in predictions:
-        shares = [round(share, 6) for share in prediction.probabilities.tolist()]
-        rows.append([prediction.id, classes[shares.index(max(shares))], *shares])
-    columns = [id_column, "prediction", *(f"probability_{name}" for name in classes)]
-    return pd.DataFrame(rows, columns=columns)

@@ -21,7 +21,7 @@ from pipelines.shared.task import balanced_weights
 from sparse_core.ops import choose_engine
 
 DECIMALS = 6
-"""Of saved probabilities: well above rounding noise, so that ties stay ties."""
+"""Of saved and scored probabilities."""
 
 Weights = list[float] | None
 
@@ -140,7 +140,11 @@ def run_contender(
 def probability_table(
     ids: list[str], probabilities: Probabilities, classes: list[str], *, id_column: str
 ) -> pd.DataFrame:
-    """One row per item: id, predicted class, and a probability per class, rounded."""
+    """One row per item: id, predicted class, and a probability per class.
+
+    Probabilities are rounded to six decimals, well above rounding noise, so that items which the
+    network cannot tell apart stay tied and an AUROC of exactly 0.5 stays 0.5.
+    """
     rounded = probabilities.round(DECIMALS)
     table = pd.DataFrame({id_column: ids})
     table["prediction"] = [classes[best] for best in rounded.argmax(1)]

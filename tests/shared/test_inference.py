@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from pipelines.shared.batch import ExampleList
-from pipelines.shared.inference import Prediction, predict, tabulate
+from pipelines.shared.inference import predict
+from pipelines.shared.study import probability_table
 
 MakeNetwork = Callable[..., nn.Module]
 MakeExamples = Callable[..., ExampleList]
@@ -43,12 +44,10 @@ def test_attention_and_probabilities_are_of_each_example(
 
 
 def test_probabilities_in_tables_are_rounded_so_that_ties_stay_ties() -> None:
-    def prediction(name: str, noise: float) -> Prediction:
-        logits = torch.tensor([0.3, 0.3 + noise])
-        return Prediction(name, 0, logits, logits.softmax(0), torch.ones(1))
+    logits = torch.tensor([[0.3, 0.3], [0.3, 0.3 + 1e-7]], dtype=torch.float64)
 
-    table = tabulate(
-        [prediction("a", 0.0), prediction("b", 1e-7)], ["x", "y"], id_column="slide_id"
+    table = probability_table(
+        ["a", "b"], logits.softmax(1).numpy(), ["x", "y"], id_column="slide_id"
     )
 
     assert table.columns.tolist() == ["slide_id", "prediction", "probability_x", "probability_y"]
