@@ -1,6 +1,10 @@
 """`python -m pipelines.genomics {train,predict} [KEY=VALUE ...]`."""
 
-from pipelines.shared.cli import Verb, main
+import sys
+from collections.abc import Sequence
+
+from pipelines.shared import cli
+from pipelines.shared.cli import Verb
 
 VERBS = {
     "train": Verb(
@@ -15,6 +19,7 @@ VERBS = {
             "pattern=bigbird model=base",
             "--multirun pattern=dense,sliding_window",
             "fasta=GENOMES.fa labels=LABELS.tsv experiment=whole_genomes",
+            "fasta=POOL.fa.gz labels=TASKS.tsv.gz columns.id=record_id where.task=Vertebrates",
         ),
     ),
     "predict": Verb(
@@ -27,5 +32,23 @@ VERBS = {
     ),
 }
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; values of `columns.*` and `where.*` are taken as they are."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return cli.main("genomics", VERBS, [_quote_table_text(argument) for argument in arguments])
+
+
+def _quote_table_text(argument: str) -> str:
+    """Quote what stands in a table, which may hold any sign; `where` takes any column's name."""
+    key, sign, value = argument.partition("=")
+    section = key.partition(".")[0]
+    if not sign or section not in ("columns", "where") or section == key:
+        return argument
+    if value[:1] not in ("'", '"'):
+        value = '"' + value.replace('"', '\\"') + '"'
+    return f"++{key}={value}" if section == "where" else f"{key}={value}"
+
+
 if __name__ == "__main__":
-    raise SystemExit(main("genomics", VERBS))
+    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """From a sequence store and a label table to examples: windows of records, augmented or not."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from pipelines.genomics.store import SequenceStore
 from pipelines.shared.batch import Example
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import read_labels
+
+COLUMNS = ("id", "label", "group", "split")
+"""What a table of labels says of a record; the columns have these names unless others are given."""
 
 _NUM_SHOWN = 5
 
@@ -36,10 +39,15 @@ class Match:
     unknown: tuple[str, ...]
     """Ids of the table that no record has."""
 
-    def notes(self) -> list[str]:
-        """Say in a line each what stayed without a partner; empty when all matched."""
+    def notes(self, *, filtered: bool = False) -> list[str]:
+        """Say in a line each what stayed without a partner; empty when all matched.
+
+        With `filtered`, the table holds chosen rows only, and other records are just not asked for.
+        """
         notes = []
-        if self.unlabelled:
+        if self.unlabelled and filtered:
+            notes.append(f"{len(self.unlabelled):,} records are not asked for")
+        elif self.unlabelled:
             notes.append(
                 f"{len(self.unlabelled):,} records without a label: {_some(self.unlabelled)}"
             )
@@ -148,13 +156,36 @@ def average_windows(
     return unique, (total / counts[:, None]).to(logits.dtype)
 
 
-def read_label_table(path: str | Path) -> pd.DataFrame:
+def read_label_table(
+    path: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, object] | None = None,
+) -> pd.DataFrame:
     """Read a table of labels: columns id, label, group (the id where there is none), maybe split.
 
-    All values are strings. Rows of one group belong into one split. Raises InputError as
-    `read_labels` does.
+    `columns` says under which other names they stand in the file ({"id": "record_id"}), `where`
+    which rows count ({"task": "Vertebrates"}). All values are strings. Rows of one group belong
+    into one split. Raises InputError as `read_labels` does.
     """
-    return read_labels(Path(path), id_column="id", group_column="group")
+    names = {role: role for role in COLUMNS} | dict(columns or {})
+    mapped = [name for role, name in names.items() if name != role]
+    for role in ("group", "split"):
+        if names[role] == role and role in mapped:
+            names[role] = ""  # that column was given another meaning
+    table = read_labels(
+        Path(path),
+        id_column=names["id"],
+        label_column=names["label"],
+        group_column=names["group"] or None,
+        split_column=names["split"],
+        required=mapped,
+        where=where,
+        remedy="say which it is with columns.id=NAME and columns.label=NAME",
+    )
+    found = {role: table[name] for role, name in names.items() if name in table.columns}
+    found.setdefault("group", found["id"])
+    return pd.DataFrame({role: found[role] for role in COLUMNS if role in found})
 
 
 def match_labels(store: SequenceStore, table: pd.DataFrame) -> Match:

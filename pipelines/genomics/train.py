@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int64
+from numpy import ndarray
 
 from pipelines.genomics.baseline import fit_kmer_baseline
 from pipelines.genomics.data import (
@@ -17,6 +19,7 @@ from pipelines.genomics.data import (
     match_labels,
     read_label_table,
 )
+from pipelines.genomics.duplicates import POLICIES, Chosen, Settled, find_copies, settle_copies
 from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.store import SequenceStore, ingest
 from pipelines.genomics.synthetic import MotifPlan, write_dataset
@@ -61,11 +64,13 @@ def train(config: dict[str, Any]) -> int:
             f"overlap must be at least 0 and below context; got overlap={config['overlap']}, "
             f"context={config['context']}"
         )
+    if config["duplicates"] not in POLICIES:
+        raise InputError(f"duplicates must be {', '.join(POLICIES)}; got {config['duplicates']!r}")
     fasta, labels = _input_files(config)
     out = Path(config["out"])
     if not begin_run(out, config):
         return 0
-    table = read_label_table(labels)
+    table = _read_labels(labels, config)
     store = ingest(fasta, Path(config["store"] or out / "store"))
     print(f"{len(store):,} records, {sum(store.lengths):,} bases; {store.counts}")
     study = _Study(config, settings, store, table, out)
@@ -89,6 +94,19 @@ def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
     return write_dataset(Path(config["data_root"]) / "genomics" / "synthetic", plan, **sizes)
 
 
+def _read_labels(path: Path, config: dict[str, Any]) -> pd.DataFrame:
+    """Read the labels, and say which columns and rows of the table they are."""
+    columns, where = config["columns"], config["where"]
+    table = read_label_table(path, columns=columns, where=where)
+    mapped = [f"{role} is {name!r}" for role, name in columns.items() if name != role]
+    if mapped:
+        print(f"{path.name}: {', '.join(mapped)}")
+    if where:
+        chosen = ", ".join(f"{column} is {value!r}" for column, value in where.items())
+        print(f"{path.name}: {len(table):,} rows where {chosen}")
+    return table
+
+
 class _Study:
     """One run: data by split, the model, its baselines, and what is written of them."""
 
@@ -102,25 +120,34 @@ class _Study:
     ) -> None:
         self.config, self.settings, self.store, self.out = config, settings, store, out
         match = match_labels(store, table)
-        for note in match.notes():
+        filtered = bool(config["where"])
+        for note in match.notes(filtered=filtered):
             print(f"note: {note}")
-        self.failures = _partnerless(match.unlabelled, match.unknown, config)
+        self.failures = _partnerless(() if filtered else match.unlabelled, match.unknown, config)
         rows = table.iloc[match.rows]
-        given = rows["split"].tolist() if "split" in rows else None
+        settled = self._settle_copies(rows, match.records)
+        rows = rows.iloc[settled.kept]
+        self.records, self.groups = match.records[settled.kept], settled.groups
         self.classes = sorted(rows["label"].unique())
+        if len(self.classes) < 2:
+            raise InputError(
+                f"{len(rows):,} records of {len(self.classes)} classes are left with a label and "
+                f"without copies; at least two classes are needed: see {out / 'duplicates.csv'}, "
+                "or use duplicates=keep"
+            )
         self.architecture = architecture_of(config, num_classes=len(self.classes))
         self.targets = np.array([self.classes.index(label) for label in rows["label"]])
-        self.records = match.records
-        self.groups = rows["group"].tolist()
         splits = assign_splits(
             ids=rows["id"].tolist(),
             labels=rows["label"].tolist(),
             groups=self.groups,
-            given=given,
+            given=rows["split"].tolist() if "split" in rows else None,
             val_fraction=config["val_fraction"],
             test_fraction=config["test_fraction"],
             seed=config["seed"],
         )
+        if is_main_process():
+            write_table(out / "splits.tsv", rows[["id", "label"]].assign(split=splits))
         self.rows = {name: np.flatnonzero(np.array(splits) == name) for name in _SPLITS}
         counts = ", ".join(f"{name} {len(self.rows[name]):,}" for name in _SPLITS)
         print(f"{len(self.classes)} classes ({', '.join(self.classes)}); records: {counts}")
@@ -130,6 +157,17 @@ class _Study:
             self.targets[test].tolist(),
             [self.groups[row] for row in test],
         )
+
+    def _settle_copies(self, rows: pd.DataFrame, records: Int64[ndarray, "R"]) -> Settled:
+        """Deal with records of the same sequence before any of them is put in a split."""
+        given = rows["split"].tolist() if "split" in rows else None
+        chosen = Chosen(rows["id"].tolist(), rows["label"].tolist(), rows["group"].tolist(), given)
+        settled = settle_copies(find_copies(self.store, records), chosen, self.config["duplicates"])
+        for note in settled.notes:
+            print(f"note: {note}: {self.out / 'duplicates.csv'}")
+        if is_main_process():
+            write_table(self.out / "duplicates.csv", settled.table)
+        return settled
 
     def run(self) -> int:
         """Train everything, print the comparison, write the model and the run's record."""
@@ -199,7 +237,12 @@ class _Study:
             return (self.store.read(int(record)) for record in self.records[self.rows[split]])
 
         known = self.targets[self.rows["train"]]
-        fitted = fit_kmer_baseline(sequences("train"), known, sequences("test"))
+        fitted = fit_kmer_baseline(
+            sequences("train"),
+            known,
+            sequences("test"),
+            both_strands=self.config["reverse_complement"],
+        )
         probabilities = np.zeros((len(self.test.ids), len(self.classes)))
         probabilities[:, fitted.classes] = fitted.probabilities
         return self.test.score(probabilities)

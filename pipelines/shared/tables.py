@@ -1,15 +1,22 @@
 """Tables in and out: labels with their rows checked, results written aside and renamed."""
 
 import csv
+import gzip
 import os
+import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import TextIO, cast
 
 import pandas as pd
 
 from pipelines.shared.errors import InputError
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_NUM_SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +36,23 @@ def read_labels(
     id_column: str,
     label_column: str = "label",
     group_column: str | None = None,
-    split_column: str = "split",
+    split_column: str | None = "split",
+    required: Sequence[str] = (),
+    where: Mapping[str, object] | None = None,
+    remedy: str = "rename yours, or add it",
 ) -> pd.DataFrame:
     """Read a label table; its index (`row`) is the line in the file, for messages.
 
     All values are stripped strings. `group_column` (patients) is filled with the ids where the
-    table has none; `split_column` is kept where there is one. Raises InputError for a missing or
-    unreadable file, missing columns, empty or duplicate ids, empty labels and a single class.
+    table has none; `split_column` is kept where there is one; `required` columns must be there too.
+    Only rows with the values that `where` gives for some columns count. `remedy` ends the message
+    about a missing column. Raises InputError for a
+    missing or unreadable file, missing columns, no row left by `where`, empty or duplicate ids,
+    empty labels and a single class.
     """
     table = read_table(path)
-    _require_columns(path, table, [id_column, label_column])
+    _require_columns(path, table, [id_column, label_column, *required], remedy)
+    table = keep_rows(path, table, where or {})
     if group_column is not None and group_column not in table.columns:
         table[group_column] = table[id_column]
     _require_values(path, table, id_column)
@@ -51,12 +65,35 @@ def read_labels(
             f"{path}: all {len(table)} rows have the label {table[label_column].iloc[0]!r}; "
             "a classifier needs at least two classes"
         )
-    kept = [id_column, label_column, group_column, split_column]
+    kept = dict.fromkeys([id_column, label_column, group_column, split_column])
     return table[[column for column in kept if column is not None and column in table.columns]]
 
 
+def keep_rows(path: Path, table: pd.DataFrame, where: Mapping[str, object]) -> pd.DataFrame:
+    """Keep the rows of a table, read from `path`, that have the given value in each given column.
+
+    Raises InputError for a column that the table does not have, and when no row is left.
+    """
+    for number, (column, wanted) in enumerate(where.items()):
+        if column not in table.columns:
+            raise InputError(
+                f"{path} has no column {column!r} for where.{column}={wanted}; "
+                f"it has {', '.join(map(repr, table.columns))}"
+            )
+        kept = table[table[column] == str(wanted)]
+        if kept.empty:
+            earlier = [f"where.{key}={value}" for key, value in list(where.items())[:number]]
+            among = f" of the {len(table):,} rows left by {' '.join(earlier)}" if earlier else ""
+            raise InputError(
+                f"{path}: no row{among} has {str(wanted)!r} in column {column!r}"
+                f"{_closest(str(wanted), table[column])}; it holds {_present(table[column])}"
+            )
+        table = kept
+    return table.copy()
+
+
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table of strings: tab-separated when the name ends in .tsv, else by commas.
+    """Read a table of strings, plain or gzip: by tabs when it is named .tsv, else by commas.
 
     Raises InputError for a missing file, one that is no UTF-8 text, and ragged or missing rows.
     """
@@ -65,12 +102,16 @@ def read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"{path} does not exist; a table (.csv or .tsv) is needed")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with _open_text(path) as file:
             reader = csv.reader(file, delimiter=_delimiter(path))
             lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(
             f"{path} is not a text table; save it as CSV in UTF-8 ({error})"
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            f"{path}: gzip data cut short or damaged; copy or compress it again ({error})"
         ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -92,8 +133,17 @@ def write_failures(path: Path, failures: Iterable[Failure], *, id_column: str) -
     write_table(path, pd.DataFrame(rows, columns=columns))
 
 
+def _open_text(path: Path) -> TextIO:
+    """Open a table as text; gzip is told by its first bytes, not by the name."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == _GZIP_MAGIC
+    if compressed:
+        return cast(TextIO, gzip.open(path, "rt", newline="", encoding="utf-8-sig"))
+    return path.open(newline="", encoding="utf-8-sig")
+
+
 def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
+    return "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
 
 
 def _frame(path: Path, lines: list[tuple[int, list[str]]]) -> pd.DataFrame:
@@ -113,12 +163,12 @@ def _frame(path: Path, lines: list[tuple[int, list[str]]]) -> pd.DataFrame:
     return pd.DataFrame([row for _, row in lines[1:]], columns=header, index=index, dtype=str)
 
 
-def _require_columns(path: Path, table: pd.DataFrame, columns: list[str]) -> None:
+def _require_columns(path: Path, table: pd.DataFrame, columns: Sequence[str], remedy: str) -> None:
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise InputError(
             f"{path} has no column {' and no column '.join(map(repr, missing))}; "
-            f"it has {', '.join(map(repr, table.columns))}"
+            f"it has {', '.join(map(repr, table.columns))}; {remedy}"
         )
 
 
@@ -138,6 +188,19 @@ def _require_unique(path: Path, table: pd.DataFrame, column: str) -> None:
         raise InputError(
             f"{path}: {column} {name!r} stands in rows {_listed(rows)}{more}; keep one row per id"
         )
+
+
+def _closest(word: str, values: "pd.Series[str]") -> str:
+    near = get_close_matches(word, values.unique().tolist(), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _present(values: "pd.Series[str]") -> str:
+    """Name the most frequent values with their numbers of rows."""
+    counts = values.value_counts()
+    shown = [f"{value!r} ({count:,} rows)" for value, count in counts[:_NUM_SHOWN].items()]
+    more = f" and {len(counts) - _NUM_SHOWN:,} more" if len(counts) > _NUM_SHOWN else ""
+    return ", ".join(shown) + more
 
 
 def _listed(rows: list[int]) -> str:

@@ -8,15 +8,14 @@ import pandas as pd
 import pytest
 from Bio import bgzf
 
-from pipelines.genomics.__main__ import VERBS
-from pipelines.shared.cli import main
+from pipelines.genomics.__main__ import main
 
 QUICK = ["logger=none", "trainer.progress=false", "epochs=1"]
 SMALL = ["data.num_train=24", "data.num_val=8", "data.num_test=12", *QUICK]
 
 
 def run(*arguments: object) -> int:
-    return main("genomics", VERBS, [str(argument) for argument in arguments])
+    return main([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +83,77 @@ def test_partnerless_records_are_listed(
     assert code == 3
     failures = pd.read_csv(tmp_path / "run" / "failures.csv").set_index("id")
     assert failures["status"].to_dict() == {lonely: "no_label", "nowhere": "no_record"}
+
+
+@pytest.fixture(scope="module")
+def pool(records: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Records of two tasks in one file, two of the first copied; columns with other names."""
+    folder = tmp_path_factory.mktemp("pool")
+    table = pd.read_csv(records[1], sep="\t", dtype=str)
+    table = table[["id", "label"]].rename(columns={"id": "record", "label": "kind"})
+    lines = records[0].read_text().split(">")[1:]
+    one, two = (lines[i].split("\n", 1) for i in (0, 1))
+    copies = f">copy1\n{one[1].lower()}>copy2\n{two[1]}"
+    (folder / "pool.fa").write_text(records[0].read_text() + copies)
+    kinds = table.set_index("record")["kind"]
+    rows = [["copy1", kinds[one[0]]], ["copy2", "10"[int(kinds[two[0]])]]]
+    table = pd.concat([table, pd.DataFrame(rows, columns=table.columns)])
+    other = table.iloc[:3].assign(kind="odd (x)")
+    table = pd.concat([table.assign(task="motif, or not"), other.assign(task="other")])
+    table.to_csv(folder / "tasks.tsv.gz", sep="\t", index=False)
+    return folder / "pool.fa", folder / "tasks.tsv.gz"
+
+
+NAMES = ["columns.id=record", "columns.label=kind", "where.task=motif, or not"]
+
+
+def test_a_task_of_a_pool_is_trained_without_copies(
+    pool: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"fasta={pool[0]}", f"labels={pool[1]}", f"store={tmp_path / 'store'}"]
+    tables = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        code = run("train", *given, f"out={out}", *NAMES, "baselines=[kmer]", *QUICK)
+        assert code == 0
+        tables.append((out / "splits.tsv").read_text())
+    shown = capsys.readouterr().out
+    assert "tasks.tsv.gz: id is 'record', label is 'kind'" in shown
+    assert "rows where task is 'motif, or not'" in shown
+    assert tables[0] == tables[1]
+    splits = pd.read_csv(tmp_path / "one" / "splits.tsv", sep="\t", dtype=str)
+    assert list(splits.columns) == ["id", "label", "split"]
+    copies = pd.read_csv(tmp_path / "one" / "duplicates.csv").set_index("id")
+    assert len(copies) == 3  # copy1, and copy2 with what it contradicts
+    assert {"copy1", "copy2"} < set(copies.index)
+    assert set(copies["status"]) == {"duplicate"}
+    assert not set(copies.index) & set(splits["id"])
+    assert len(pd.read_csv(tmp_path / "one" / "failures.csv")) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["where.task=motif"], ["tasks.tsv.gz", "'motif' in column 'task'", "'other' (3 rows)"]),
+        (["where.tusk=other"], ["tasks.tsv.gz", "no column 'tusk'", "'task'"]),
+        (["columns.id=name"], ["tasks.tsv.gz", "no column 'name'", "columns.id=NAME"]),
+        (["duplicates=drop"], ["remove, group, keep", "'drop'"]),
+        (["columns.name=x"], ["columns.name", "columns.label"]),
+    ],
+    ids=lambda x: x[0],
+)
+def test_wrong_names_of_columns_and_rows_are_named(
+    arguments: list[str],
+    words: list[str],
+    pool: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [f"fasta={pool[0]}", f"labels={pool[1]}", f"out={tmp_path / 'out'}"]
+    code = run("train", *given, *NAMES, *arguments, *QUICK)
+    error = capsys.readouterr().err
+    assert code == 2, error
+    for word in words:
+        assert word in error
 
 
 def cut_at_a_block(path: Path) -> None:
@@ -172,8 +242,9 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pipelines.pathology.__main__ import VERBS as SLIDES
+    from pipelines.shared import cli
 
-    code = main(
+    code = cli.main(
         "pathology", SLIDES, ["predict", f"slides={tmp_path}", f"ckpt={trained / 'model.ckpt'}"]
     )
     assert code == 2

@@ -165,6 +165,36 @@ def test_unusable_label_tables_are_refused(tmp_path, text, message):
     assert str(path) in str(caught.value)
 
 
+def test_columns_have_the_names_that_are_given(tmp_path):
+    path = tmp_path / "t.tsv"
+    path.write_text("task\tclass\trecord\tgroup\nT\tx\ta\tg1\nT\ty\tb\tg2\nU\tz\ta\tg3\n")
+    table = read_label_table(path, columns={"id": "record", "label": "class"}, where={"task": "T"})
+    assert table.to_dict("list") == {"id": ["a", "b"], "label": ["x", "y"], "group": ["g1", "g2"]}
+
+
+def test_a_column_with_another_meaning_is_no_group(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("id,group,split\na,x,p\nb,y,q\n")
+    table = read_label_table(path, columns={"label": "group", "group": "split"})
+    assert table.to_dict("list") == {"id": ["a", "b"], "label": ["x", "y"], "group": ["p", "q"]}
+    alone = read_label_table(path, columns={"label": "group", "split": "group"})
+    assert alone["group"].tolist() == ["a", "b"]
+
+
+def test_columns_that_are_not_there_are_named_with_the_remedy(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("name,label\na,x\nb,y\n")
+    with pytest.raises(InputError, match=r"no column 'id'; it has 'name', 'label'; .*columns\.id="):
+        read_label_table(path)
+    with pytest.raises(InputError, match="no column 'patient'"):
+        read_label_table(path, columns={"id": "name", "group": "patient"})
+
+
+def test_records_that_a_filter_leaves_out_are_only_counted(store):
+    match = match_labels(store, pd.DataFrame({"id": ["a", "b"], "label": ["0", "1"]}))
+    assert match.notes(filtered=True) == ["2 records are not asked for"]
+
+
 def test_labels_are_matched_by_id_in_the_order_of_the_store(store):
     table = pd.DataFrame({"id": ["d", "x", "b", "y"], "label": list("1001")}, index=[2, 3, 4, 5])
     match = match_labels(store, table)

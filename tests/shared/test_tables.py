@@ -1,3 +1,4 @@
+import gzip
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,81 @@ def test_a_tsv_is_read_by_tabs_and_keeps_its_split(tmp_path: Path) -> None:
 
     assert table["id"].tolist() == ["a,b", "c"]
     assert table["split"].tolist() == ["train", "test"]
+
+
+@pytest.mark.parametrize("name", ["labels.tsv.gz", "labels.TSV.GZ", "labels.tsv"])
+def test_gzip_is_told_by_content(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress("id\tlabel\na,b\tä\nc\t0\n".encode()))
+
+    table = read_labels(path, id_column="id")
+
+    assert table["id"].tolist() == ["a,b", "c"]
+    assert table["label"].tolist() == ["ä", "0"]
+    assert table.index.tolist() == [2, 3]
+
+
+def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv.gz"
+    whole = gzip.compress(b"id,label\n" + b"".join(b"%d,%d\n" % (i, i % 7) for i in range(999)))
+    damaged = whole[:40] + bytes(byte ^ 255 for byte in whole[40:60]) + whole[60:]
+
+    for content in (whole[: len(whole) // 2], damaged, whole[:1] + b"\x8b" + b"junk"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="cut short or damaged; copy or compress it again"):
+            read_table(path)
+
+
+TASKS = "task,id,class,fold\nT,a,x,1\nU,a,y,1\nT,b,y,2\nT,c,y,1\nU,b,y,2\n"
+
+
+def test_only_rows_asked_for_count(tmp_path: Path) -> None:
+    path = _write(tmp_path, TASKS)
+
+    table = read_labels(path, id_column="id", label_column="class", where={"task": "T"})
+    both = read_labels(path, id_column="id", label_column="class", where={"fold": 1, "task": "T"})
+
+    assert table["id"].tolist() == ["a", "b", "c"]
+    assert table.index.tolist() == [2, 4, 5]
+    assert table["class"].tolist() == ["x", "y", "y"]
+    assert both["id"].tolist() == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ({"tusk": "T"}, ["no column 'tusk' for where.tusk=T", "it has 'task', 'id'"]),
+        ({"task": "TT"}, ["no row has 'TT' in column 'task'", "'T' (3 rows), 'U' (2 rows)"]),
+        (
+            {"task": "U", "class": "x"},
+            ["no row of the 2 rows left by where.task=U has 'x'", "it holds 'y' (2 rows)"],
+        ),
+    ],
+)
+def test_filters_that_leave_nothing_are_named(
+    tmp_path: Path, where: dict[str, object], words: list[str]
+) -> None:
+    path = _write(tmp_path, TASKS)
+
+    with pytest.raises(InputError) as caught:
+        read_labels(path, id_column="id", label_column="class", where=where)
+
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+
+
+def test_many_values_are_shown_in_part(tmp_path: Path) -> None:
+    path = _write(tmp_path, "id,label,task\n" + "".join(f"{i},{i},t{i}\n" for i in range(20)))
+
+    with pytest.raises(InputError, match=r"did you mean 't1.*and 8 more"):
+        read_labels(path, id_column="id", where={"task": "t1x"})
+
+
+def test_columns_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
+    path = _write(tmp_path, "id,label\na,1\nb,0\n")
+
+    with pytest.raises(InputError, match=r"no column 'species'.*; add it"):
+        read_labels(path, id_column="id", required=["species"], remedy="add it")
 
 
 def test_groups_default_to_ids(tmp_path: Path) -> None:
