@@ -11,7 +11,7 @@ from pipelines.pathology.store import SlideFeatures, read_slide, slide_folder
 from pipelines.shared.batch import Example
 
 MEMORY_BYTES = 1 << 31
-"""Features of so many bytes are kept in memory; those of more are read again for each epoch."""
+"""Features of so many bytes are kept in memory; those of more are read anew for each epoch."""
 
 
 class SlideDataset(Dataset[Example]):
@@ -36,26 +36,26 @@ class SlideDataset(Dataset[Example]):
         self.groups = list(groups or slide_ids)
         self.shuffle_positions, self.seed = shuffle_positions, seed
         self.lengths: list[int] = []
-        self._kept: dict[int, SlideFeatures] = {}
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         size = 0
         for index in range(len(self.slide_ids)):
-            slide = self._read(index)
+            slide = self._open(index)
             self.lengths.append(len(slide))
-            size += slide.features.nbytes
+            size += len(slide) * slide.num_features * np.dtype(np.float32).itemsize
             if size <= MEMORY_BYTES:
-                self._kept[index] = slide
+                self._kept[index] = slide.grid, slide.features()
 
     def __len__(self) -> int:
         return len(self.slide_ids)
 
     def __getitem__(self, index: int) -> Example:
-        slide = self._kept.get(index) or self._read(index)
-        coords = slide.grid.astype(np.int64)
-        coords = coords - coords.min(0)
+        grid, features = self._kept.get(index) or self._read(index)
+        coords = grid.astype(np.int64)
+        coords -= coords.min(0)
         if self.shuffle_positions:
             coords = np.random.default_rng((self.seed, index)).permutation(coords)
         return Example(
-            inputs=torch.from_numpy(np.ascontiguousarray(slide.features)),
+            inputs=torch.from_numpy(np.ascontiguousarray(features)),
             coords=torch.from_numpy(coords),
             target=None if self.targets is None else self.targets[index],
             id=self.slide_ids[index],
@@ -63,5 +63,9 @@ class SlideDataset(Dataset[Example]):
             record=index,
         )
 
-    def _read(self, index: int) -> SlideFeatures:
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        slide = self._open(index)
+        return slide.grid, slide.features()
+
+    def _open(self, index: int) -> SlideFeatures:
         return read_slide(slide_folder(self.store, self.slide_ids[index]))

@@ -15,6 +15,7 @@ import glob
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class SlideFeatures:
-    """One slide's tiles and features, rows in Hilbert order.
+    """One slide's tiles, rows in Hilbert order; what is large is read when it is asked for.
 
-    `grid` int32 [N, 2] (col, row), `xy0` int64 [N, 2], `tissue` float32 [N], `features`
-    float32 [N, E]; `dimensions` (width, height) and the tile's side `pitch0` in level-0 pixels,
-    `mpp` in micrometres per such pixel; `attributes` are the group's.
+    `grid` int32 [N, 2] (col, row), `xy0` int64 [N, 2], `tissue` float32 [N]; `num_features` is E;
+    `dimensions` (width, height) and the tile's side `pitch0` in level-0 pixels, `mpp` in
+    micrometres per such pixel; `attributes` are the group's.
     """
 
     slide_id: str
@@ -58,7 +59,7 @@ class SlideFeatures:
     grid: np.ndarray
     xy0: np.ndarray
     tissue: np.ndarray
-    features: np.ndarray
+    num_features: int
     dimensions: tuple[int, int]
     mpp: float
     pitch0: float
@@ -66,6 +67,11 @@ class SlideFeatures:
 
     def __len__(self) -> int:
         return len(self.grid)
+
+    def features(self) -> np.ndarray:
+        """Read the features, float32 [N, E]: 4 GB for a million tiles of 1,024."""
+        array = self.folder / "features" / self.attributes["encoder"]
+        return np.asarray(zarr.open_array(array, mode="r")[:])
 
     def overview(self) -> np.ndarray:
         """Read the small picture of the slide, uint8 RGB [h, w, 3]."""
@@ -103,12 +109,7 @@ def write_slide(
     if not np.isfinite(features).all():
         row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
         raise ValueError(f"encoder {encoder.name!r} gave NaN or infinity in row {row}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"):
-        shutil.rmtree(leftover)
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     attributes = _attributes(slide_id, reader, tiles, plan, encoder, provenance)
-    group = zarr.create_group(aside, zarr_format=3, attributes=attributes)
     arrays = {
         "grid": tiles.grid,
         "xy0": tiles.xy0,
@@ -117,6 +118,18 @@ def write_slide(
         "overview": tiles.mask.overview,
         "mask": tiles.mask.mask,
     }
+    write_group(folder, attributes, arrays)
+
+
+def write_group(
+    folder: Path, attributes: Mapping[str, object], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Write arrays, uncompressed, and attributes aside and move them into place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"):
+        shutil.rmtree(leftover)
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    group = zarr.create_group(aside, zarr_format=3, attributes=dict(attributes))
     for name, array in arrays.items():
         chunks = (min(_ROWS_PER_CHUNK, array.shape[0]), *array.shape[1:])
         group.create_array(name, data=array, chunks=chunks, compressors=None)
@@ -124,7 +137,7 @@ def write_slide(
 
 
 def read_slide(folder: Path) -> SlideFeatures:
-    """Read a slide's tiles and features. Raises InputError where there is no complete group."""
+    """Read a slide's tiles. Raises InputError where there is no complete group."""
     attributes = _read_attributes(folder)
     if attributes is None:
         raise InputError(f"no stored slide features at {folder}; extract them first")
@@ -135,7 +148,7 @@ def read_slide(folder: Path) -> SlideFeatures:
         grid=np.asarray(group["grid"][:]),
         xy0=np.asarray(group["xy0"][:]),
         tissue=np.asarray(group["tissue"][:]),
-        features=np.asarray(group[f"features/{attributes['encoder']}"][:]),
+        num_features=group[f"features/{attributes['encoder']}"].shape[1],
         dimensions=(attributes["dimensions"][0], attributes["dimensions"][1]),
         mpp=attributes["mpp"],
         pitch0=attributes["pitch0"],

@@ -99,7 +99,7 @@ def test_processes_give_the_same_features_in_the_same_order(tissue_slide, tmp_pa
     assert alone == together
     for slide_id in alone.done:
         one, two = (read_slide(slide_folder(tmp_path / s, slide_id)) for s in "ab")
-        assert np.array_equal(one.features, two.features)
+        assert np.array_equal(one.features(), two.features())
         assert np.array_equal(one.grid, two.grid)
 
 
