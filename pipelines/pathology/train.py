@@ -21,9 +21,10 @@ from pipelines.pathology.synthetic import make_cohort
 from pipelines.pathology.tiling import TilePlan
 from pipelines.shared.checkpoint import save_model
 from pipelines.shared.errors import InputError
-from pipelines.shared.fit import FitSettings
+from pipelines.shared.fit import FitSettings, require_device
 from pipelines.shared.inference import Prediction
 from pipelines.shared.metrics import Score, format_table
+from pipelines.shared.network import FeatureStem
 from pipelines.shared.record import finish_run, is_main_process
 from pipelines.shared.splits import assign_splits
 from pipelines.shared.study import (
@@ -60,6 +61,7 @@ def train(config: dict[str, Any]) -> int:
     """Train and score; 0, or 3 if slides failed or labels and slides stayed without a partner."""
     check_baselines(config["baselines"], BASELINES)
     settings = FitSettings.from_config(config)
+    require_device(settings)
     plan = make_plan(config)
     encoder = build_encoder(**config["encoder"])
     architecture = architecture_of(config, num_classes=2)
@@ -202,6 +204,7 @@ class _Study:
             self._of(self.patients, "test"),
         )
         self.data = {name: self._dataset(name) for name in _SPLITS}
+        self._standard: tuple[torch.Tensor, torch.Tensor] | None = None
         counts = ", ".join(f"{name} {len(self.rows[name]):,}" for name in _SPLITS)
         tiles = sum(sum(data.lengths) for data in self.data.values())
         print(f"{len(self.classes)} classes ({', '.join(self.classes)}); slides: {counts}")
@@ -255,6 +258,7 @@ class _Study:
 
     def _build(self, name: str) -> SlideClassifier:
         architecture = architecture_of(self.config, num_classes=len(self.classes))
+        architecture["checkpointing"] = self.config["checkpointing"]
         if name == "abmil":
             architecture |= {"depth": 0, "pattern": None}
         elif name == "no_attention":
@@ -262,8 +266,17 @@ class _Study:
         elif name == "window":
             architecture["pattern"] = f"SlidingWindow(radius={self.config['window']})"
         network = SlideClassifier(num_features=self.encoder.dim, **architecture)
-        network.stem.standardise(self._sample_features())
+        self._standardise(network.stem)
         return network
+
+    def _standardise(self, stem: FeatureStem) -> None:
+        """Give the stem mean and spread of training tiles, which are read once for all networks."""
+        if self._standard is None:
+            stem.standardise(self._sample_features())
+            self._standard = stem.mean.clone(), stem.spread.clone()
+        mean, spread = self._standard
+        stem.mean.copy_(mean)
+        stem.spread.copy_(spread)
 
     def _sample_features(self) -> torch.Tensor:
         train = self.data["train"]

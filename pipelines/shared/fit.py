@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from pipelines.shared.batch import Example, Examples, TokenBudgetBatches, pack
 from pipelines.shared.errors import InputError
 from pipelines.shared.optim import OptimSettings
 from pipelines.shared.task import ClassificationTask
+from sparse_core.ops import engines_used
 
 SAVE_SECONDS = 10.0  # at least this long between two states on disk
 
@@ -94,13 +96,17 @@ class FitSettings:
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """What a training run took and reached; scores are those of the kept epoch (0-based)."""
+    """What a training run took and reached; scores are those of the kept epoch (0-based).
+
+    `engine_calls` counts the attention calls, forward and backward, that each engine served.
+    """
 
     epochs: int
     steps: int
     seconds: float
     best_epoch: int
     scores: dict[str, float]
+    engine_calls: dict[str, int]
 
 
 def fit(
@@ -112,14 +118,16 @@ def fit(
     settings: FitSettings,
     name: str = "model",
     class_weights: Sequence[float] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[Network, FitReport]:
     """Train a network in place and return it with its best weights.
 
     `out` is this network's own folder: training goes on from a `last.ckpt` in it, with the numbers
-    of an uninterrupted run. `name` stands before the progress lines. On several devices all
-    processes run the same program; each validates on all of `val`, so that they agree.
+    of an uninterrupted run. `name` stands before the progress lines, `callbacks` look on. On
+    several devices all processes run the same program; each validates on all of `val`, so that
+    they agree.
     """
-    _require_device(settings)
+    require_device(settings)
     seed_everything(settings.seed)
     data = _Batches(train, val, settings)
     epochs = data.count_epochs()
@@ -141,7 +149,7 @@ def fit(
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.gradient_clip,
             logger=build_logger(settings.logger, out),
-            callbacks=[selection, Progress(name, epochs, shown=settings.progress)],
+            callbacks=[selection, Progress(name, epochs, shown=settings.progress), *callbacks],
             default_root_dir=out,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -154,6 +162,13 @@ def fit(
         _close_logger(settings.logger)
     network.load_state_dict(selection.weights)
     return network, selection.report(trainer.global_step)
+
+
+def require_device(settings: FitSettings) -> None:
+    """Raise InputError where a GPU is asked for and none is there."""
+    found = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if settings.accelerator in ("gpu", "cuda") and not found:
+        raise InputError("trainer.accelerator=gpu: no GPU is found here; use trainer=cpu")
 
 
 def seed_everything(seed: int) -> None:
@@ -192,6 +207,8 @@ class Selection(Checkpoint):
         self._scores: dict[str, float] = {}
         self._epochs = 0
         self._seconds = 0.0
+        self._served = Counter(engines_used())
+        self._served_before: Counter[str] = Counter()
         self._saved_at = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,6 +239,7 @@ class Selection(Checkpoint):
             "best_epoch": self._best_epoch,
             "epochs": self._epochs,
             "seconds": self._seconds,
+            "engine_calls": self._engine_calls(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -231,6 +249,7 @@ class Selection(Checkpoint):
         self._best_epoch = state_dict["best_epoch"]
         self._epochs = state_dict["epochs"]
         self._seconds = state_dict["seconds"]
+        self._served_before = Counter(state_dict.get("engine_calls", {}))
 
     def report(self, steps: int) -> FitReport:
         """Sum up the run."""
@@ -240,7 +259,11 @@ class Selection(Checkpoint):
             seconds=self._seconds,
             best_epoch=self._best_epoch,
             scores=self._scores,
+            engine_calls=self._engine_calls(),
         )
+
+    def _engine_calls(self) -> dict[str, int]:
+        return dict(self._served_before + Counter(engines_used()) - self._served)
 
     def _is_better(self, scores: Mapping[str, float]) -> bool:
         if self._settings.select == "loss":
@@ -400,12 +423,6 @@ class _Batches(LightningDataModule):
 
 def _auroc_then_loss(scores: Mapping[str, float]) -> tuple[float, float]:
     return scores.get("val_auroc", 0.0), -scores["val_loss"]
-
-
-def _require_device(settings: FitSettings) -> None:
-    found = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if settings.accelerator in ("gpu", "cuda") and not found:
-        raise InputError("trainer.accelerator=gpu: no GPU is found here; use trainer=cpu")
 
 
 def _build_foreign_logger(name: str, out: Path) -> Logger:

@@ -1,5 +1,6 @@
 """A model and what it is measured against: trained alike, scored on the same test items."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipelines.shared.inference import Prediction, predict
 from pipelines.shared.metrics import Score, evaluate
 from pipelines.shared.record import RunState, open_run
 from pipelines.shared.task import balanced_weights
-from sparse_core.ops import choose_engine
+from sparse_core.ops import engines_used
 
 DECIMALS = 6
 """Of saved and scored probabilities."""
@@ -56,13 +57,14 @@ class TestSet:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A trained contender, its test predictions and scores."""
+    """A trained contender, its test predictions and scores, and who served its attention."""
 
     network: nn.Module
     report: FitReport
     predictions: list[Prediction]
     probabilities: Probabilities
     scores: dict[str, Score]
+    engine_calls: Counter[str]
 
 
 def check_baselines(chosen: Sequence[str], known: Mapping[str, str]) -> None:
@@ -129,12 +131,15 @@ def run_contender(
     device = "cuda" if settings.accelerator in ("gpu", "cuda") else "cpu"
     if device == "cpu":
         network.double()
+    served = Counter(engines_used())
     predictions = list(
         predict(network, contender.test, max_tokens=settings.max_tokens, device=device)
     )
     network.float()
     probabilities = collect(predictions)
-    return Result(network, report, predictions, probabilities, test.score(probabilities))
+    scores = test.score(probabilities)
+    calls = Counter(report.engine_calls) + (Counter(engines_used()) - served)
+    return Result(network, report, predictions, probabilities, scores, calls)
 
 
 def probability_table(
@@ -165,9 +170,14 @@ def summarise(
     }
     return {
         "summary": summary,
-        "engine": choose_engine("auto"),
+        **name_engines(sum((result.engine_calls for result in results.values()), Counter())),
         "scores": {
             name: {key: score.plain() for key, score in row.items()} for name, row in scores.items()
         },
         "training": {name: asdict(result.report) for name, result in results.items()},
     }
+
+
+def name_engines(calls: Mapping[str, int]) -> dict[str, object]:
+    """Say how many attention calls each engine served, and which one if it served them all."""
+    return {"engine": next(iter(calls)) if len(calls) == 1 else None, "engine_calls": dict(calls)}

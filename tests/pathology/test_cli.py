@@ -51,6 +51,11 @@ def test_default_makes_its_cohort_and_compares(
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["scores"]) == {"model", "abmil", "no_attention", "shuffled"}
     assert metrics["engine"] == "blockwise"
+    trained = [report["engine_calls"] for report in metrics["training"].values()]
+    assert trained[1:3] == [{}, {}]  # ABMIL and attention off
+    assert metrics["engine_calls"]["blockwise"] > sum(
+        calls.get("blockwise", 0) for calls in trained
+    )
     for name in ("abmil", "no_attention"):
         assert metrics["scores"][name]["auroc"]["value"] == 0.5
     assert len(pd.read_csv(out / "predictions.csv")) == 6
@@ -125,7 +130,8 @@ def test_slides_and_labels_without_partner_are_listed(
     table.to_csv(tmp_path / "labels.csv", index=False)
     code = run(
         "train", f"slides={cohort / 'slides'}", f"labels={tmp_path / 'labels.csv'}",
-        f"out={tmp_path / 'out'}", "baselines=[]", "heatmaps=0", *TILES, *QUICK,
+        f"out={tmp_path / 'out'}", "baselines=[]", "heatmaps=0",
+        "checkpointing=true", *TILES, *QUICK,
     )  # fmt: skip
     assert code == 3
     failures = pd.read_csv(tmp_path / "out" / "failures.csv").set_index("slide_id")
