@@ -1,4 +1,4 @@
-"""`python -m pipelines.pathology {train,predict} [KEY=VALUE ...]`."""
+"""`python -m pipelines.pathology {train,predict,scale} [KEY=VALUE ...]`."""
 
 from pipelines.shared.cli import Verb, main
 
@@ -24,6 +24,13 @@ VERBS = {
         path_keys=("slides", "ckpt", "out", "features"),
         required=("slides", "ckpt"),
         examples=("slides=SLIDES ckpt=runs/pathology/model.ckpt out=predictions",),
+    ),
+    "scale": Verb(
+        summary="Time a training step and its memory against the number of tiles of a slide.",
+        config="pathology_scale",
+        function="pipelines.pathology.scale:scale",
+        path_keys=("out", "features"),
+        examples=("", "trainer=cpu model=tiny tiles=[500,1000] num_features=64"),
     ),
 }
 
