@@ -26,6 +26,7 @@ from sparse_core.patterns.terms import (
     Tokens,
     simplify,
 )
+from sparse_core.schedule import make_schedule
 
 MIN_BLOCK, SMALL_BLOCK = 16, 32
 MAX_PAIRS = 2**21
@@ -78,8 +79,10 @@ def build_layout(
         part_size = _part_block_size(plan, size, sides) if block_size is None else size
         layout_parts.append(_build_part(plan, earlier, sides, members, part_size))
         earlier += plan.clauses
+    parts = tuple(layout_parts)
     return BlockLayout(
-        parts=tuple(part for part in layout_parts if part is not None),
+        parts=parts,
+        schedule=make_schedule(parts, query.index.shape[0], key.index.shape[0]),
         query_coords=query.coords,
         key_coords=key.coords,
         query_flags=member_flags(query.index, members),
@@ -200,7 +203,7 @@ def _power_of_two(number: int) -> int:
 
 def _build_part(
     plan: _Plan, earlier: list[Clause], sides: _Sides, members: list[Members], size: int
-) -> Part | None:
+) -> Part:
     own = plan.residual()
     if plan.listed:
         size = _common_grain(plan.listed, size)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_core.blocking import Blocks
 from sparse_core.masking import KEY_FLAG, QUERY_FLAG, Program, decode, evaluate, unpack_bits
+from sparse_core.schedule import Agenda, Launch, Schedule, make_schedule
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class BlockLayout:
     The op takes one softmax over all parts; no pair of tokens is kept by two of them. Sequences
     are packed along the token axis and never see each other. Made by `build_layout`, `concat`,
     `merge` and `stack`. It is a pytree; sizes are host integers, so no engine asks the device.
+    `schedule` says in what pieces kernels work through it.
 
     `query_flags` hold the bits that programs ask for; `group_of` is empty where all heads and
     samples share the lists of group 0, and names the group of each otherwise.
     """
 
     parts: tuple[Part, ...]
+    schedule: Schedule
     query_coords: Int[Tensor, "Tq P"]
     key_coords: Int[Tensor, "Tk P"]
     query_flags: Int[Tensor, "Tq"]
@@ -110,7 +113,8 @@ class BlockLayout:
 
     def nbytes(self, *, coords: bool = False) -> int:
         """Count the memory of the lists and blocks, and of coordinates and flags if asked."""
-        tensors = [t for t in pytree.tree_leaves(self.parts) if isinstance(t, Tensor)]
+        leaves = pytree.tree_leaves((self.parts, self.schedule))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
         if coords:
             tensors += [self.query_coords, self.key_coords, self.query_flags, self.key_flags]
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -158,9 +162,9 @@ def concat(layouts: list[BlockLayout]) -> BlockLayout:
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(layout, name) for layout in layouts])
 
-    return replace(
+    return _with_parts(
         first,
-        parts=tuple(parts),
+        tuple(parts),
         query_coords=joined("query_coords"),
         key_coords=joined("key_coords"),
         query_flags=joined("query_flags"),
@@ -189,9 +193,9 @@ def merge(layouts: list[BlockLayout]) -> BlockLayout:
         key_flags = key_flags | (layout.key_flags << used)
         parts += [_shift_flags(part, used) for part in layout.parts]
         used += width
-    return replace(
+    return _with_parts(
         first,
-        parts=tuple(parts),
+        tuple(parts),
         query_flags=query_flags,
         key_flags=key_flags,
         pattern=" + ".join(f"({layout.pattern})" for layout in layouts),
@@ -219,7 +223,16 @@ def stack(layouts: list[BlockLayout], group_of: Int[Tensor, "B Hkv"]) -> BlockLa
         parts.append(replace(members[0], rows=rows, columns=columns, tiles=tiles))
     names = " / ".join(dict.fromkeys(layout.pattern for layout in layouts))
     chosen = group_of.to(first.device, torch.int32)
-    return replace(first, parts=tuple(parts), group_of=chosen, pattern=names)
+    return _with_parts(first, tuple(parts), group_of=chosen, pattern=names)
+
+
+def _with_parts(
+    layout: BlockLayout, parts: tuple[Part, ...], **changes: Tensor | str
+) -> BlockLayout:
+    """Exchange the parts, and plan the work anew."""
+    changed: BlockLayout = replace(layout, parts=parts, **changes)
+    schedule = make_schedule(parts, changed.num_queries, changed.num_keys)
+    return replace(changed, schedule=schedule)
 
 
 def _major(lists: Lists) -> Int[Tensor, "Z"]:
@@ -328,11 +341,16 @@ def _shift_flags(part: Part, shift: int) -> Part:
     return replace(part, program=tuple(numbers))
 
 
+CONSTANTS = (
+    "stride", "size", "program", "pattern", "part_numbers", "affine", "num_slots", "num_states",
+    "complete", "fresh",
+)  # fmt: skip
+"""Fields that are no tensors."""
+
+
 def _register(cls: type) -> None:
     """Make a dataclass of tensors, nested values and constants a pytree."""
-    children = [
-        f.name for f in fields(cls) if f.name not in ("stride", "size", "program", "pattern")
-    ]
+    children = [f.name for f in fields(cls) if f.name not in CONSTANTS]
     constants = [f.name for f in fields(cls) if f.name not in children]
 
     def flatten(value: object) -> tuple[list[object], tuple[object, ...]]:
@@ -357,5 +375,5 @@ def _register(cls: type) -> None:
     )
 
 
-for _cls in (Blocks, Lists, Part, BlockLayout):
+for _cls in (Blocks, Lists, Part, Launch, Agenda, Schedule, BlockLayout):
     _register(_cls)

@@ -1,17 +1,21 @@
 """The op: attention over a layout, as a torch custom op with a choice of engines."""
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_core import blockwise
+from sparse_core import blockwise, kernels
 from sparse_core.blocking import Blocks
 from sparse_core.layout import BlockLayout, Lists, Part
 from sparse_core.reference import coordinate_distance, reference_attention
+from sparse_core.schedule import Agenda, Launch, Schedule
 
 Backend = Literal["auto", "blockwise", "reference", "triton"]
+Precision = Literal["ieee", "tf32"]
 
 
 def sparse_attention(
@@ -24,6 +28,7 @@ def sparse_attention(
     key_bias: Float[Tensor, "B Tk"] | None = None,
     alibi_slopes: Float[Tensor, "H"] | None = None,
     backend: Backend = "auto",
+    precision: Precision = "ieee",
     return_lse: bool = False,
 ) -> Float[Tensor, "B Tq H D"] | tuple[Float[Tensor, "B Tq H D"], Float[Tensor, "B H Tq"]]:
     """Attend from every query to the keys that the layout keeps, in one softmax.
@@ -33,35 +38,60 @@ def sparse_attention(
     given. Several query heads may share a key head (H a multiple of Hkv). A query that may attend
     to nothing gives output 0, log-sum-exp -inf and gradient 0.
 
-    `backend` names the engine; "auto" takes the fastest that can run here. All engines are exact,
-    and differentiable in q, k, v, key_bias, alibi_slopes and through the returned log-sum-exp.
-    Attention dropout is not offered: drop in the residual stream instead.
+    `backend` names the engine; "auto" takes the fastest that can run here: "triton" on a GPU for
+    float32, float16 and bfloat16 and head dimensions up to 256, else "blockwise". All engines are
+    exact, and differentiable in q, k, v, key_bias, alibi_slopes and through the returned
+    log-sum-exp. `precision="tf32"` lets the Triton engine round the factors of float32 products to
+    10 bits; other engines and dtypes do not heed it. Attention dropout is not offered: drop in the
+    residual stream instead.
 
     Raises ValueError for shapes, dtypes, devices that do not fit, and RuntimeError for a named
     engine that cannot run here.
     """
     _validate(q, k, v, layout, key_bias, alibi_slopes)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    engine = choose_engine(backend)
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision is ieee or tf32; got {precision!r}")
+    engine = choose_engine(backend, q)
     if engine == "reference":
         out, lse = _run_reference(q, k, v, layout, scale, key_bias, alibi_slopes)
     else:
         tensors, numbers = _flatten(layout)
         out, lse = torch.ops.gigasparse.attention(
-            q, k, v, key_bias, alibi_slopes, tensors, numbers, scale, engine
+            q, k, v, key_bias, alibi_slopes, tensors, numbers, scale, engine, precision
         )
     return (out, lse) if return_lse else out
 
 
-def choose_engine(backend: Backend) -> str:
-    """Name the engine that `backend` stands for here."""
+def choose_engine(backend: Backend, q: Tensor) -> str:
+    """Name the engine that `backend` stands for with such queries.
+
+    Raises RuntimeError if "triton" is named and cannot take them.
+    """
     if backend in ("blockwise", "reference"):
         return backend
     if backend == "auto":
-        return "blockwise"
+        on_gpu = q.device.type == "cuda"
+        return "triton" if on_gpu and kernels.why_not(q) is None else "blockwise"
     if backend == "triton":
-        raise RuntimeError("backend='triton' is not available in this version; use 'blockwise'")
+        reason = kernels.why_not(q)
+        if reason is not None:
+            raise RuntimeError(f"backend='triton' cannot run: {reason}; use 'auto' or 'blockwise'")
+        return backend
     raise ValueError(f"backend is auto, blockwise, reference or triton; got {backend!r}")
+
+
+_CALLS: Counter[str] = Counter()
+
+
+def engines_used() -> dict[str, int]:
+    """Count this process's calls, forward and backward, by the engine that served them."""
+    return dict(_CALLS)
+
+
+def reset_engines_used() -> None:
+    """Begin counting anew."""
+    _CALLS.clear()
 
 
 def merge_attention(
@@ -96,9 +126,17 @@ def _attention(
     layout_numbers: list[int],
     scale: float,
     engine: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     layout = _unflatten(layout_tensors, layout_numbers)
-    assert engine == "blockwise", engine
+    _CALLS[engine] += 1
+    if engine == "triton":
+        from sparse_core.kernels import engine as triton_engine
+
+        return triton_engine.forward(
+            q, k, v, layout,
+            scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes, precision=precision,
+        )  # fmt: skip
     return blockwise.forward(
         q, k, v, layout, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes
     )
@@ -115,6 +153,7 @@ def _attention_fake(
     layout_numbers: list[int],
     scale: float,
     engine: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -137,13 +176,22 @@ def _attention_backward(
     layout_numbers: list[int],
     scale: float,
     engine: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = _unflatten(layout_tensors, layout_numbers)
-    assert engine == "blockwise", engine
-    grads = blockwise.backward(
-        grad_out, grad_lse, q, k, v, out, lse, layout,
-        scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes,
-    )  # fmt: skip
+    _CALLS[engine] += 1
+    if engine == "triton":
+        from sparse_core.kernels import engine as triton_engine
+
+        grads = triton_engine.backward(
+            grad_out, grad_lse, q, k, v, out, lse, layout,
+            scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes, precision=precision,
+        )  # fmt: skip
+    else:
+        grads = blockwise.backward(
+            grad_out, grad_lse, q, k, v, out, lse, layout,
+            scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes,
+        )  # fmt: skip
     none = q.new_empty(0)
     dbias = none if grads.key_bias is None else grads.key_bias
     dslopes = q.new_empty(0) if grads.alibi_slopes is None else grads.alibi_slopes
@@ -165,6 +213,7 @@ def _attention_backward_fake(
     layout_numbers: list[int],
     scale: float,
     engine: str,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     dbias = q.new_empty(0) if key_bias is None else torch.empty_like(key_bias)
@@ -173,10 +222,10 @@ def _attention_backward_fake(
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, key_bias, alibi_slopes, tensors, numbers, scale, engine = inputs
+    q, k, v, key_bias, alibi_slopes, tensors, numbers, scale, engine, precision = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, key_bias, alibi_slopes, *tensors)
-    ctx.numbers, ctx.scale, ctx.engine = numbers, scale, engine
+    ctx.numbers, ctx.scale, ctx.engine, ctx.precision = numbers, scale, engine, precision
     ctx.set_materialize_grads(True)
 
 
@@ -184,13 +233,13 @@ def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     q, k, v, out, lse, key_bias, alibi_slopes, *tensors = ctx.saved_tensors
     dq, dk, dv, dbias, dslopes = torch.ops.gigasparse.attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, key_bias, alibi_slopes,
-        tensors, ctx.numbers, ctx.scale, ctx.engine,
+        tensors, ctx.numbers, ctx.scale, ctx.engine, ctx.precision,
     )  # fmt: skip
     return (
         dq, dk, dv,
         None if key_bias is None else dbias,
         None if alibi_slopes is None else dslopes,
-        [None] * len(tensors), None, None, None,
+        [None] * len(tensors), None, None, None, None,
     )  # fmt: skip
 
 
@@ -236,7 +285,14 @@ def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
             tensors += [lists.ptr, lists.full, lists.index, lists.tile]
         tensors.append(part.tiles)
         numbers += [len(part.program), *part.program]
-    return tensors, numbers
+    for agenda in (layout.schedule.queries, layout.schedule.keys):
+        tensors.append(agenda.state_of)
+        numbers += [len(agenda.launches), agenda.num_states, agenda.complete, agenda.fresh]
+        for launch in agenda.launches:
+            tensors += [launch.items, launch.splits]
+            numbers += [launch.num_slots, len(launch.part_numbers)]
+            numbers += [*launch.part_numbers, *launch.affine]
+    return tensors, [int(n) for n in numbers]
 
 
 def _unflatten(tensors: list[Tensor], numbers: list[int]) -> BlockLayout:
@@ -253,10 +309,25 @@ def _unflatten(tensors: list[Tensor], numbers: list[int]) -> BlockLayout:
             lists.append(Lists(next(flat), next(flat), next(flat), next(flat)))
         program = tuple(next(rest) for _ in range(next(rest)))
         parts.append(Part(sides[0], sides[1], lists[0], lists[1], next(flat), program))
+    schedule = Schedule(_unflatten_agenda(flat, rest), _unflatten_agenda(flat, rest))
     none = query_coords.new_empty(0)
     return BlockLayout(
-        tuple(parts), query_coords, key_coords, query_flags, key_flags, none, none, group_of, ""
-    )
+        tuple(parts), schedule, query_coords, key_coords, query_flags, key_flags, none, none,
+        group_of, "",
+    )  # fmt: skip
+
+
+def _unflatten_agenda(flat: Iterator[Tensor], rest: Iterator[int]) -> Agenda:
+    state_of = next(flat)
+    num_launches, num_states, complete, fresh = (next(rest) for _ in range(4))
+    launches = []
+    for _ in range(num_launches):
+        items, splits = next(flat), next(flat)
+        num_slots, num_parts = next(rest), next(rest)
+        part_numbers = tuple(next(rest) for _ in range(num_parts))
+        affine = tuple(bool(next(rest)) for _ in range(num_parts))
+        launches.append(Launch(items, splits, part_numbers, affine, num_slots))
+    return Agenda(tuple(launches), state_of, num_states, bool(complete), bool(fresh))
 
 
 def _run_reference(

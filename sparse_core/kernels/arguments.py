@@ -1,0 +1,128 @@
+"""From a layout and its schedule to what kernels take."""
+
+from typing import Literal, NamedTuple
+
+import triton
+from torch import Tensor
+
+from sparse_core.layout import BlockLayout, Lists, Part
+from sparse_core.masking import CONGRUENT, INTERVAL, Program, decode
+from sparse_core.schedule import Launch
+
+Side = Literal["queries", "keys"]
+MIN_TILE = 16
+"""The fewest rows that a dot takes."""
+
+
+class Own(NamedTuple):
+    """The blocks of a kernel's own side."""
+
+    start: Tensor
+    count: Tensor
+    order: Tensor
+    size: int
+    stride: int
+
+
+class Other(NamedTuple):
+    """A part's lists, and the blocks of the other side that they name."""
+
+    ptr: Tensor
+    full: Tensor
+    index: Tensor
+    tile: Tensor
+    start: Tensor
+    count: Tensor
+    order: Tensor
+    bits: Tensor
+    size: int
+    stride: int
+    tile_rows: int
+    tile_bytes: int
+
+
+class Meta(NamedTuple):
+    """What of a part is compiled into a kernel; see the functions of `tiles`.
+
+    A clause is a tuple of terms (code, axis, place of the first of its numbers).
+    """
+
+    small: int
+    ragged: bool
+    indexed: bool
+    affine: bool
+    bits: bool
+    num_own: int
+    clauses: tuple[tuple[tuple[int, int, int], ...], ...]
+
+
+def own_side(layout: BlockLayout, launch: Launch, side: Side) -> Own:
+    """Describe the blocks that a launch works through."""
+    blocks = getattr(layout.parts[launch.part_numbers[0]], side)
+    return Own(blocks.start, blocks.count, blocks.order, blocks.size, blocks.stride)
+
+
+def other_side(
+    layout: BlockLayout, launch: Launch, side: Side, tile: int
+) -> tuple[tuple[Other, ...], tuple[tuple[int, ...], ...], tuple[Meta, ...]]:
+    """Describe each part of a launch for tiles of `tile` tokens: pointers, numbers, constants."""
+    others, numbers, metas = [], [], []
+    for number, affine in zip(launch.part_numbers, launch.affine, strict=True):
+        part = layout.parts[number]
+        others.append(_other(part, side))
+        clauses, values = _clauses(part.program)
+        numbers.append(values)
+        blocks = part.keys if side == "queries" else part.queries
+        metas.append(
+            Meta(
+                small=blocks.size if blocks.size < tile else 0,
+                ragged=blocks.size % tile != 0,
+                indexed=blocks.order.numel() > 0,
+                affine=affine,
+                bits=not part.program,
+                num_own=part.program[0] if part.program else 0,
+                clauses=clauses,
+            )
+        )
+    return tuple(others), tuple(numbers), tuple(metas)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Cover the channels with one or two powers of two: 96 = 64 + 32, 72 = 64 + 16, 100 = 128."""
+    largest = max(MIN_TILE, 1 << (head_dim.bit_length() - 1))
+    if largest >= head_dim:
+        return largest, 0
+    rest = max(MIN_TILE, int(triton.next_power_of_2(head_dim - largest)))
+    return (2 * largest, 0) if rest >= largest else (largest, rest)
+
+
+def tile_of(size: int, wanted: int) -> int:
+    """Rows of an own tile: no more than its block needs."""
+    return max(MIN_TILE, min(wanted, int(triton.next_power_of_2(size))))
+
+
+def _other(part: Part, side: Side) -> Other:
+    lists: Lists = part.rows if side == "queries" else part.columns
+    blocks = part.keys if side == "queries" else part.queries
+    return Other(
+        lists.ptr, lists.full, lists.index, lists.tile, blocks.start, blocks.count, blocks.order,
+        part.tiles, blocks.size, blocks.stride, part.tiles.shape[1], part.tiles.shape[2],
+    )  # fmt: skip
+
+
+def _clauses(
+    program: Program,
+) -> tuple[tuple[tuple[tuple[int, int, int], ...], ...], tuple[int, ...]]:
+    """Part a program into its form, which is compiled, and its numbers, which are not."""
+    if not program:
+        return (), (0,)
+    own, earlier = decode(program)
+    values: list[int] = []
+    clauses = []
+    for clause in own + earlier:
+        terms = []
+        for code, a, b, c in clause:
+            terms.append((code, a if code in (INTERVAL, CONGRUENT) else 0, len(values)))
+            values += [b, c] if code in (INTERVAL, CONGRUENT) else [a]
+        clauses.append(tuple(terms))
+    return tuple(clauses), tuple(values) or (0,)

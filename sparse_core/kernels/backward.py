@@ -1,0 +1,524 @@
+"""Gradients in two passes without atomics: dQ by query blocks, then dK and dV by key blocks.
+
+Probabilities come again from the log-sum-exp (Dao et al. 2022, algorithm 4). The first pass leaves
+delta, the row sums of out * grad_out less the log-sum-exp's gradient, for the second. The second
+works on transposed tiles (keys by queries), so that no dot's result is ever transposed.
+"""
+
+import triton
+import triton.language as tl
+
+from sparse_core.kernels.tiles import (
+    LOG2_E,
+    affine,
+    distance,
+    entry_range,
+    kept_pairs,
+    load_coords,
+    load_rows,
+    num_tiles,
+    other_tokens,
+    own_tokens,
+    ragged,
+    store_rows,
+)
+
+
+@triton.jit
+def query_steps(
+    dq1,
+    dq2,
+    by_distance,
+    q1,
+    q2,
+    do1,
+    do2,
+    row_lse,
+    delta,
+    k,
+    v,
+    key_bias,
+    slope,
+    part,
+    numbers,
+    key_coords,
+    key_flags,
+    own_coords,
+    own_flags,
+    own_inner,
+    first,
+    last,
+    stride_k,
+    stride_v,
+    scale_log2,
+    META: tl.constexpr,
+    S: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what the list entries first to last - 1 of one part give to dQ."""
+    AFFINE: tl.constexpr = affine(META, S) and not MASKED
+    CHECK: tl.constexpr = MASKED or ragged(META, S)
+    for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
+        tokens, exists, entry, inner = other_tokens(part, META, S, first, last, tile, AFFINE, BLOCK)
+        k1 = load_rows(k, tokens, stride_k, exists, D, 0, D1, CHECK)
+        v1 = load_rows(v, tokens, stride_v, exists, D, 0, D1, CHECK)
+        scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+        slopes = tl.dot(do1, tl.trans(v1), input_precision=PRECISION)
+        k2 = k1
+        if D2 > 0:
+            k2 = load_rows(k, tokens, stride_k, exists, D, D1, D2, CHECK)
+            v2 = load_rows(v, tokens, stride_v, exists, D, D1, D2, CHECK)
+            scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
+            slopes = tl.dot(do2, tl.trans(v2), slopes, input_precision=PRECISION)
+        scores = scores * scale_log2
+        other_coords = load_coords(key_coords, tokens, exists, P)
+        if key_bias is not None:
+            bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
+            scores += (bias * LOG2_E)[None, :]
+        if slope is not None:
+            scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
+        weights = tl.math.exp2(scores - row_lse[:, None])
+        if MASKED:
+            other_flags = tl.load(key_flags + tokens, mask=exists, other=0)
+            kept = kept_pairs(
+                part, numbers, META, S, own_coords, other_coords, own_flags, other_flags,
+                own_inner, exists, entry, inner, True,
+            )  # fmt: skip
+            weights = tl.where(kept, weights, 0.0)
+        elif CHECK:
+            weights = tl.where(exists[None, :], weights, 0.0)
+        slopes = weights * (slopes - delta[:, None])
+        if slope is not None:
+            by_distance += tl.sum(slopes * distance(own_coords, other_coords, P), 1)
+        slopes = slopes.to(k1.dtype)
+        dq1 = tl.dot(slopes, k1, dq1, input_precision=PRECISION)
+        if D2 > 0:
+            dq2 = tl.dot(slopes, k2, dq2, input_precision=PRECISION)
+    return dq1, dq2, by_distance
+
+
+@triton.jit(
+    do_not_specialize=[
+        "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "num_blocks",
+        "own_tiles", "shared",
+    ]
+)  # fmt: skip
+def query_kernel(
+    q,
+    k,
+    v,
+    out,
+    grad_out,
+    lse,
+    grad_lse,
+    delta,
+    key_bias,
+    slopes,
+    grad_q,
+    grad_slopes,
+    state,
+    state_of,
+    partial,
+    items,
+    group_of,
+    own,
+    parts,
+    numbers,
+    query_coords,
+    key_coords,
+    query_flags,
+    key_flags,
+    scale,
+    scale_log2,
+    num_queries,
+    num_keys,
+    num_items,
+    num_states,
+    num_slots,
+    num_blocks,
+    own_tiles,
+    shared,
+    stride_qb: tl.int64,
+    stride_kb: tl.int64,
+    stride_vb: tl.int64,
+    stride_gb: tl.int64,
+    stride_qt,
+    stride_kt,
+    stride_vt,
+    stride_gt,
+    stride_qh,
+    stride_kh,
+    stride_vh,
+    stride_gh,
+    META: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    OWN_INDEXED: tl.constexpr,
+    FINAL: tl.constexpr,
+    PRIOR: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_OTHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute dQ of one tile of queries over one work item, and its share of the slopes'."""
+    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(1)
+    kv_head = head // shared
+    item, tile = tl.program_id(0) // own_tiles, tl.program_id(0) % own_tiles
+    group = 0
+    if group_of is not None:
+        group = tl.load(group_of + sample * (num_heads // shared) + kv_head)
+    item += group * num_items
+    block = tl.load(items + item * 4)
+    first, last = tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
+    slot = tl.load(items + item * 4 + 3)
+    if block < 0:
+        return
+    tokens, exists, own_inner = own_tokens(own, block, tile, OWN_INDEXED, BLOCK_OWN)
+    line = sample * num_heads + head
+    q += sample * stride_qb + head * stride_qh.to(tl.int64)
+    k += sample * stride_kb + kv_head * stride_kh.to(tl.int64)
+    v += sample * stride_vb + kv_head * stride_vh.to(tl.int64)
+    grad_out += sample * stride_gb + head * stride_gh.to(tl.int64)
+    out += (sample * num_queries * num_heads + head) * D
+    if key_bias is not None:
+        key_bias += sample * num_keys
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + head).to(tl.float32)
+    q1 = load_rows(q, tokens, stride_qt, exists, D, 0, D1, True)
+    do1 = load_rows(grad_out, tokens, stride_gt, exists, D, 0, D1, True)
+    o1 = load_rows(out, tokens, num_heads * D, exists, D, 0, D1, True)
+    row_delta = tl.sum(o1.to(tl.float32) * do1.to(tl.float32), 1)
+    q2, do2 = q1, do1
+    dq1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
+    dq2 = dq1
+    if D2 > 0:
+        q2 = load_rows(q, tokens, stride_qt, exists, D, D1, D2, True)
+        do2 = load_rows(grad_out, tokens, stride_gt, exists, D, D1, D2, True)
+        o2 = load_rows(out, tokens, num_heads * D, exists, D, D1, D2, True)
+        row_delta += tl.sum(o2.to(tl.float32) * do2.to(tl.float32), 1)
+        dq2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
+    rows = line * num_queries + tokens
+    row_delta -= tl.load(grad_lse + rows, mask=exists, other=0.0)
+    if slot < 0 or first == 0:
+        tl.store(delta + rows, row_delta, mask=exists)
+    row_lse = tl.load(lse + rows, mask=exists, other=-float("inf"))
+    # a row without keys has weights of 0, whatever its scores
+    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
+    places, known = tokens, exists
+    if PRIOR or not FINAL:
+        if state_of is not None:
+            places = tl.load(state_of + tokens, mask=exists, other=-1)
+            known = places >= 0
+    state += line * num_states * D
+    own_coords = load_coords(query_coords, tokens, exists, P)
+    own_flags = tl.load(query_flags + tokens, mask=exists, other=0)
+    by_distance = tl.zeros((BLOCK_OWN,), tl.float32)
+    passed = 0
+    for s in tl.static_range(NUM_PARTS):
+        begin, middle, end, passed = entry_range(
+            parts[s], group, block, first, last, passed, num_blocks
+        )
+        dq1, dq2, by_distance = query_steps(
+            dq1, dq2, by_distance, q1, q2, do1, do2, row_lse, row_delta, k, v, key_bias, slope,
+            parts[s], numbers[s], key_coords, key_flags, own_coords, own_flags, own_inner,
+            begin, middle, stride_kt, stride_vt, scale_log2,
+            META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
+        )  # fmt: skip
+        dq1, dq2, by_distance = query_steps(
+            dq1, dq2, by_distance, q1, q2, do1, do2, row_lse, row_delta, k, v, key_bias, slope,
+            parts[s], numbers[s], key_coords, key_flags, own_coords, own_flags, own_inner,
+            middle, end, stride_kt, stride_vt, scale_log2,
+            META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
+        )  # fmt: skip
+    if slope is not None:
+        tl.store(grad_slopes + line * tl.num_programs(0) + tl.program_id(0), -tl.sum(by_distance))
+    dq1, dq2 = dq1 * scale, dq2 * scale
+    if slot >= 0:
+        partial += (line * num_slots + slot) * (own.size * D)
+        store_rows(partial, own_inner, D, exists, dq1, D, 0, D1)
+        if D2 > 0:
+            store_rows(partial, own_inner, D, exists, dq2, D, D1, D2)
+        return
+    if PRIOR:
+        dq1 += load_rows(state, places, D, known, D, 0, D1, True)
+        if D2 > 0:
+            dq2 += load_rows(state, places, D, known, D, D1, D2, True)
+    if FINAL:
+        grad_q += (sample * num_queries * num_heads + head) * D
+        store_rows(grad_q, tokens, num_heads * D, exists, dq1, D, 0, D1)
+        if D2 > 0:
+            store_rows(grad_q, tokens, num_heads * D, exists, dq2, D, D1, D2)
+    else:
+        store_rows(state, places, D, exists, dq1, D, 0, D1)
+        if D2 > 0:
+            store_rows(state, places, D, exists, dq2, D, D1, D2)
+
+
+@triton.jit
+def key_steps(
+    dk1,
+    dk2,
+    dv1,
+    dv2,
+    dbias,
+    k1,
+    k2,
+    v1,
+    v2,
+    own_bias,
+    q,
+    grad_out,
+    lse,
+    delta,
+    slope,
+    part,
+    numbers,
+    query_coords,
+    query_flags,
+    own_coords,
+    own_flags,
+    own_inner,
+    first,
+    last,
+    stride_q,
+    stride_g,
+    scale_log2,
+    META: tl.constexpr,
+    S: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what the list entries first to last - 1 of one part give to dK and dV."""
+    AFFINE: tl.constexpr = affine(META, S) and not MASKED
+    CHECK: tl.constexpr = MASKED or ragged(META, S)
+    for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
+        tokens, exists, entry, inner = other_tokens(part, META, S, first, last, tile, AFFINE, BLOCK)
+        q1 = load_rows(q, tokens, stride_q, exists, D, 0, D1, CHECK)
+        do1 = load_rows(grad_out, tokens, stride_g, exists, D, 0, D1, CHECK)
+        scores = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
+        slopes = tl.dot(v1, tl.trans(do1), input_precision=PRECISION)
+        q2, do2 = q1, do1
+        if D2 > 0:
+            q2 = load_rows(q, tokens, stride_q, exists, D, D1, D2, CHECK)
+            do2 = load_rows(grad_out, tokens, stride_g, exists, D, D1, D2, CHECK)
+            scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
+            slopes = tl.dot(v2, tl.trans(do2), slopes, input_precision=PRECISION)
+        scores = scores * scale_log2
+        other_coords = load_coords(query_coords, tokens, exists, P)
+        if own_bias is not None:
+            scores += own_bias[:, None]
+        if slope is not None:
+            scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
+        row_lse = tl.load(lse + tokens, mask=exists, other=-float("inf"))
+        row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
+        row_delta = tl.load(delta + tokens, mask=exists, other=0.0)
+        weights = tl.math.exp2(scores - row_lse[None, :])
+        if MASKED:
+            other_flags = tl.load(query_flags + tokens, mask=exists, other=0)
+            kept = kept_pairs(
+                part, numbers, META, S, own_coords, other_coords, own_flags, other_flags,
+                own_inner, exists, entry, inner, False,
+            )  # fmt: skip
+            weights = tl.where(kept, weights, 0.0)
+        slopes = weights * (slopes - row_delta[None, :])
+        if own_bias is not None:
+            dbias += tl.sum(slopes, 1)
+        weights, slopes = weights.to(do1.dtype), slopes.to(q1.dtype)
+        dv1 = tl.dot(weights, do1, dv1, input_precision=PRECISION)
+        dk1 = tl.dot(slopes, q1, dk1, input_precision=PRECISION)
+        if D2 > 0:
+            dv2 = tl.dot(weights, do2, dv2, input_precision=PRECISION)
+            dk2 = tl.dot(slopes, q2, dk2, input_precision=PRECISION)
+    return dk1, dk2, dv1, dv2, dbias
+
+
+@triton.jit(
+    do_not_specialize=[
+        "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "num_blocks",
+        "own_tiles", "shared",
+    ]
+)  # fmt: skip
+def key_kernel(
+    q,
+    k,
+    v,
+    grad_out,
+    lse,
+    delta,
+    key_bias,
+    slopes,
+    grad_k,
+    grad_v,
+    grad_bias,
+    state_k,
+    state_v,
+    state_bias,
+    state_of,
+    partial_k,
+    partial_v,
+    partial_bias,
+    items,
+    group_of,
+    own,
+    parts,
+    numbers,
+    query_coords,
+    key_coords,
+    query_flags,
+    key_flags,
+    scale,
+    scale_log2,
+    num_queries,
+    num_keys,
+    num_items,
+    num_states,
+    num_slots,
+    num_blocks,
+    own_tiles,
+    shared,
+    stride_qb: tl.int64,
+    stride_kb: tl.int64,
+    stride_vb: tl.int64,
+    stride_gb: tl.int64,
+    stride_qt,
+    stride_kt,
+    stride_vt,
+    stride_gt,
+    stride_qh,
+    stride_kh,
+    stride_vh,
+    stride_gh,
+    META: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    OWN_INDEXED: tl.constexpr,
+    FINAL: tl.constexpr,
+    PRIOR: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_OTHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute one query head's dK, dV and key-bias gradient of one tile of keys.
+
+    `grad_k` and `grad_v` are [B, Tk, H, D], one for each query head.
+    """
+    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(1)
+    kv_head = head // shared
+    item, tile = tl.program_id(0) // own_tiles, tl.program_id(0) % own_tiles
+    group = 0
+    if group_of is not None:
+        group = tl.load(group_of + sample * (num_heads // shared) + kv_head)
+    item += group * num_items
+    block = tl.load(items + item * 4)
+    first, last = tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
+    slot = tl.load(items + item * 4 + 3)
+    if block < 0:
+        return
+    tokens, exists, own_inner = own_tokens(own, block, tile, OWN_INDEXED, BLOCK_OWN)
+    line = sample * num_heads + head
+    q += sample * stride_qb + head * stride_qh.to(tl.int64)
+    k += sample * stride_kb + kv_head * stride_kh.to(tl.int64)
+    v += sample * stride_vb + kv_head * stride_vh.to(tl.int64)
+    grad_out += sample * stride_gb + head * stride_gh.to(tl.int64)
+    own_bias = None
+    if key_bias is not None:
+        own_bias = tl.load(key_bias + sample * num_keys + tokens, mask=exists, other=0.0)
+        own_bias = own_bias.to(tl.float32) * LOG2_E
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + head).to(tl.float32)
+    k1 = load_rows(k, tokens, stride_kt, exists, D, 0, D1, True)
+    v1 = load_rows(v, tokens, stride_vt, exists, D, 0, D1, True)
+    k2, v2 = k1, v1
+    dk1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
+    dv1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
+    dk2, dv2 = dk1, dv1
+    if D2 > 0:
+        k2 = load_rows(k, tokens, stride_kt, exists, D, D1, D2, True)
+        v2 = load_rows(v, tokens, stride_vt, exists, D, D1, D2, True)
+        dk2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
+        dv2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
+    places, known = tokens, exists
+    if PRIOR or not FINAL:
+        if state_of is not None:
+            places = tl.load(state_of + tokens, mask=exists, other=-1)
+            known = places >= 0
+    own_coords = load_coords(key_coords, tokens, exists, P)
+    own_flags = tl.load(key_flags + tokens, mask=exists, other=0)
+    dbias = tl.zeros((BLOCK_OWN,), tl.float32)
+    passed = 0
+    for s in tl.static_range(NUM_PARTS):
+        begin, middle, end, passed = entry_range(
+            parts[s], group, block, first, last, passed, num_blocks
+        )
+        dk1, dk2, dv1, dv2, dbias = key_steps(
+            dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
+            lse + line * num_queries, delta + line * num_queries, slope, parts[s], numbers[s],
+            query_coords, query_flags, own_coords, own_flags, own_inner, begin, middle,
+            stride_qt, stride_gt, scale_log2,
+            META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
+        )  # fmt: skip
+        dk1, dk2, dv1, dv2, dbias = key_steps(
+            dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
+            lse + line * num_queries, delta + line * num_queries, slope, parts[s], numbers[s],
+            query_coords, query_flags, own_coords, own_flags, own_inner, middle, end,
+            stride_qt, stride_gt, scale_log2,
+            META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
+        )  # fmt: skip
+    dk1, dk2 = dk1 * scale, dk2 * scale
+    if slot >= 0:
+        rows = (line * num_slots + slot) * own.size
+        store_rows(partial_k + rows * D, own_inner, D, exists, dk1, D, 0, D1)
+        store_rows(partial_v + rows * D, own_inner, D, exists, dv1, D, 0, D1)
+        if D2 > 0:
+            store_rows(partial_k + rows * D, own_inner, D, exists, dk2, D, D1, D2)
+            store_rows(partial_v + rows * D, own_inner, D, exists, dv2, D, D1, D2)
+        if own_bias is not None:
+            tl.store(partial_bias + rows + own_inner, dbias, mask=exists)
+        return
+    states = line * num_states
+    if PRIOR:
+        dk1 += load_rows(state_k + states * D, places, D, known, D, 0, D1, True)
+        dv1 += load_rows(state_v + states * D, places, D, known, D, 0, D1, True)
+        if D2 > 0:
+            dk2 += load_rows(state_k + states * D, places, D, known, D, D1, D2, True)
+            dv2 += load_rows(state_v + states * D, places, D, known, D, D1, D2, True)
+        if own_bias is not None:
+            dbias += tl.load(state_bias + states + places, mask=known, other=0.0)
+    if FINAL:
+        lines = (sample * num_keys * num_heads + head) * D
+        store_rows(grad_k + lines, tokens, num_heads * D, exists, dk1, D, 0, D1)
+        store_rows(grad_v + lines, tokens, num_heads * D, exists, dv1, D, 0, D1)
+        if D2 > 0:
+            store_rows(grad_k + lines, tokens, num_heads * D, exists, dk2, D, D1, D2)
+            store_rows(grad_v + lines, tokens, num_heads * D, exists, dv2, D, D1, D2)
+        if own_bias is not None:
+            tl.store(grad_bias + line * num_keys + tokens, dbias, mask=exists)
+    else:
+        store_rows(state_k + states * D, places, D, exists, dk1, D, 0, D1)
+        store_rows(state_v + states * D, places, D, exists, dv1, D, 0, D1)
+        if D2 > 0:
+            store_rows(state_k + states * D, places, D, exists, dk2, D, D1, D2)
+            store_rows(state_v + states * D, places, D, exists, dv2, D, D1, D2)
+        if own_bias is not None:
+            tl.store(state_bias + states + places, dbias, mask=exists)

@@ -1,0 +1,262 @@
+"""Output and log-sum-exp: one program a tile of queries and a head (Dao 2023, FlashAttention-2)."""
+
+import triton
+import triton.language as tl
+
+from sparse_core.kernels.tiles import (
+    LN_2,
+    LOG2_E,
+    affine,
+    distance,
+    entry_range,
+    kept_pairs,
+    load_coords,
+    load_rows,
+    num_tiles,
+    other_tokens,
+    own_tokens,
+    ragged,
+    store_rows,
+)
+
+
+@triton.jit
+def softmax_step(scores, largest, total, SAFE: tl.constexpr):
+    """One step of the online softmax in base 2: weights, new maximum and sum, and the old's share.
+
+    `SAFE` says that a row may hold nothing but -inf.
+    """
+    joined = tl.maximum(largest, tl.max(scores, 1))
+    shift = joined
+    if SAFE:
+        shift = tl.where(joined == -float("inf"), 0.0, joined)
+    weights = tl.math.exp2(scores - shift[:, None])
+    share = tl.math.exp2(largest - shift)
+    return weights, joined, total * share + tl.sum(weights, 1), share
+
+
+@triton.jit
+def attend(
+    acc1,
+    acc2,
+    largest,
+    total,
+    q1,
+    q2,
+    k,
+    v,
+    key_bias,
+    slope,
+    part,
+    numbers,
+    key_coords,
+    key_flags,
+    own_coords,
+    own_flags,
+    own_inner,
+    first,
+    last,
+    stride_k,
+    stride_v,
+    scale_log2,
+    META: tl.constexpr,
+    S: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Take the list entries first to last - 1 of one part into the running softmax."""
+    AFFINE: tl.constexpr = affine(META, S) and not MASKED
+    CHECK: tl.constexpr = MASKED or ragged(META, S)
+    for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
+        tokens, exists, entry, inner = other_tokens(part, META, S, first, last, tile, AFFINE, BLOCK)
+        k1 = load_rows(k, tokens, stride_k, exists, D, 0, D1, CHECK)
+        scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+        if D2 > 0:
+            k2 = load_rows(k, tokens, stride_k, exists, D, D1, D2, CHECK)
+            scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
+        scores = scores * scale_log2
+        other_coords = load_coords(key_coords, tokens, exists, P)
+        if key_bias is not None:
+            bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
+            scores += (bias * LOG2_E)[None, :]
+        if slope is not None:
+            scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
+        if MASKED:
+            other_flags = tl.load(key_flags + tokens, mask=exists, other=0)
+            kept = kept_pairs(
+                part, numbers, META, S, own_coords, other_coords, own_flags, other_flags,
+                own_inner, exists, entry, inner, True,
+            )  # fmt: skip
+            scores = tl.where(kept, scores, -float("inf"))
+        elif CHECK:
+            scores = tl.where(exists[None, :], scores, -float("inf"))
+        weights, largest, total, share = softmax_step(
+            scores, largest, total, CHECK or key_bias is not None
+        )
+        v1 = load_rows(v, tokens, stride_v, exists, D, 0, D1, CHECK)
+        weights = weights.to(v1.dtype)
+        acc1 = tl.dot(weights, v1, acc1 * share[:, None], input_precision=PRECISION)
+        if D2 > 0:
+            v2 = load_rows(v, tokens, stride_v, exists, D, D1, D2, CHECK)
+            acc2 = tl.dot(weights, v2, acc2 * share[:, None], input_precision=PRECISION)
+    return acc1, acc2, largest, total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "num_blocks",
+        "own_tiles", "shared",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    q,
+    k,
+    v,
+    key_bias,
+    slopes,
+    out,
+    lse,
+    state,
+    state_lse,
+    state_of,
+    partial,
+    partial_lse,
+    items,
+    group_of,
+    own,
+    parts,
+    numbers,
+    query_coords,
+    key_coords,
+    query_flags,
+    key_flags,
+    scale_log2,
+    num_queries,
+    num_keys,
+    num_items,
+    num_states,
+    num_slots,
+    num_blocks,
+    own_tiles,
+    shared,
+    stride_qb: tl.int64,
+    stride_kb: tl.int64,
+    stride_vb: tl.int64,
+    stride_qt,
+    stride_kt,
+    stride_vt,
+    stride_qh,
+    stride_kh,
+    stride_vh,
+    META: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    OWN_INDEXED: tl.constexpr,
+    FINAL: tl.constexpr,
+    PRIOR: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_OTHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend from one tile of queries to the keys of one work item.
+
+    With `PRIOR` the softmax goes on from the state that earlier launches left of these queries.
+    A whole row ends in `out` and `lse` (`FINAL`) or in the state; a piece in `partial`.
+    """
+    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(1)
+    kv_head = head // shared
+    item, tile = tl.program_id(0) // own_tiles, tl.program_id(0) % own_tiles
+    group = 0
+    if group_of is not None:
+        group = tl.load(group_of + sample * (num_heads // shared) + kv_head)
+    item += group * num_items
+    block = tl.load(items + item * 4)
+    first, last = tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
+    slot = tl.load(items + item * 4 + 3)
+    if block < 0:
+        return
+    tokens, exists, own_inner = own_tokens(own, block, tile, OWN_INDEXED, BLOCK_OWN)
+    row = (sample * num_heads + head) * num_queries
+    q += sample * stride_qb + head * stride_qh.to(tl.int64)
+    k += sample * stride_kb + kv_head * stride_kh.to(tl.int64)
+    v += sample * stride_vb + kv_head * stride_vh.to(tl.int64)
+    if key_bias is not None:
+        key_bias += sample * num_keys
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + head).to(tl.float32)
+    q1 = load_rows(q, tokens, stride_qt, exists, D, 0, D1, True)
+    q2 = q1
+    acc1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
+    acc2 = acc1
+    if D2 > 0:
+        q2 = load_rows(q, tokens, stride_qt, exists, D, D1, D2, True)
+        acc2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
+    largest = tl.full((BLOCK_OWN,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_OWN,), tl.float32)
+    states = (sample * num_heads + head) * num_states
+    places, known = tokens, exists
+    if PRIOR or not FINAL:
+        if state_of is not None:
+            places = tl.load(state_of + tokens, mask=exists, other=-1)
+            known = places >= 0
+    if PRIOR:
+        known_here = known & (slot + tl.zeros_like(places) < 0)
+        largest = tl.load(state_lse + states + places, mask=known_here, other=-float("inf"))
+        total = tl.where(largest > -float("inf"), 1.0, 0.0)
+        largest = largest * LOG2_E
+        acc1 = load_rows(state + states * D, places, D, known_here, D, 0, D1, True)
+        if D2 > 0:
+            acc2 = load_rows(state + states * D, places, D, known_here, D, D1, D2, True)
+    own_coords = load_coords(query_coords, tokens, exists, P)
+    own_flags = tl.load(query_flags + tokens, mask=exists, other=0)
+    passed = 0
+    for s in tl.static_range(NUM_PARTS):
+        begin, middle, end, passed = entry_range(
+            parts[s], group, block, first, last, passed, num_blocks
+        )
+        acc1, acc2, largest, total = attend(
+            acc1, acc2, largest, total, q1, q2, k, v, key_bias, slope, parts[s], numbers[s],
+            key_coords, key_flags, own_coords, own_flags, own_inner, begin, middle,
+            stride_kt, stride_vt, scale_log2,
+            META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
+        )  # fmt: skip
+        acc1, acc2, largest, total = attend(
+            acc1, acc2, largest, total, q1, q2, k, v, key_bias, slope, parts[s], numbers[s],
+            key_coords, key_flags, own_coords, own_flags, own_inner, middle, end,
+            stride_kt, stride_vt, scale_log2,
+            META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
+        )  # fmt: skip
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    row_lse = tl.where(some, (largest + tl.math.log2(safe)) * LN_2, -float("inf"))
+    acc1 = acc1 / safe[:, None]
+    if D2 > 0:
+        acc2 = acc2 / safe[:, None]
+    if slot >= 0:
+        pieces = (sample * num_heads + head) * num_slots + slot
+        partial += pieces * (own.size * D)
+        tl.store(partial_lse + pieces * own.size + own_inner, row_lse, mask=exists)
+        store_rows(partial, own_inner, D, exists, acc1, D, 0, D1)
+        if D2 > 0:
+            store_rows(partial, own_inner, D, exists, acc2, D, D1, D2)
+    elif FINAL:
+        out += (sample * num_queries * num_heads + head) * D
+        tl.store(lse + row + tokens, row_lse, mask=exists)
+        store_rows(out, tokens, num_heads * D, exists, acc1, D, 0, D1)
+        if D2 > 0:
+            store_rows(out, tokens, num_heads * D, exists, acc2, D, D1, D2)
+    else:
+        tl.store(state_lse + states + places, row_lse, mask=exists)
+        store_rows(state + states * D, places, D, exists, acc1, D, 0, D1)
+        if D2 > 0:
+            store_rows(state + states * D, places, D, exists, acc2, D, D1, D2)

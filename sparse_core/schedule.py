@@ -1,0 +1,227 @@
+"""In what pieces and in what order kernels work through a layout.
+
+Parts that cut a side into the same blocks share a launch. Launches follow one another: all but the
+last leave what they found of their tokens in a float32 state, from which the next goes on. Lists
+much longer than the rest are cut into items of about equal size, whose pieces are joined in a fixed
+order, so that results are the same in every run.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sparse_core.blocking import Blocks
+
+if TYPE_CHECKING:
+    from sparse_core.layout import Lists, Part
+
+ITEM_TOKENS = 4096
+"""An item walks over at least so many tokens of the other side before its block is split."""
+MAX_SPLIT_TOKENS = 2**15
+"""Tokens in split pieces, a head, unless half the side's tokens are more."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One run of a kernel: the blocks of one side, in items.
+
+    `items` are (block, first, last, slot): list entries `first` to `last - 1` of a block, counted
+    through the lists of all its parts. A piece of a split block goes to its slot; slot is -1 for a
+    whole block. `splits` are (block, first slot, number of pieces). Where groups differ in number,
+    the rest is filled with block -1. `affine` says of each part whether full blocks of any list
+    follow one another in memory.
+    """
+
+    items: Int[Tensor, "G I 4"]
+    splits: Int[Tensor, "G K 3"]
+    part_numbers: tuple[int, ...]
+    affine: tuple[bool, ...]
+    num_slots: int
+
+
+@dataclass(frozen=True)
+class Agenda:
+    """The launches of one side. With `complete`, the last one reaches every token.
+
+    `state_of` gives the place in the state of each token that a launch before the last reaches, -1
+    for others; it is empty where every token has the place of its own number. With `fresh` the
+    first launch writes all of the state.
+    """
+
+    launches: tuple[Launch, ...]
+    state_of: Int[Tensor, "T"]
+    num_states: int
+    complete: bool
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Agendas by queries (forward, dQ) and by keys (dK, dV)."""
+
+    queries: Agenda
+    keys: Agenda
+
+
+def make_schedule(parts: tuple["Part", ...], num_queries: int, num_keys: int) -> Schedule:
+    """Plan the launches for the parts of a layout."""
+    return Schedule(_agenda(parts, "queries", num_queries), _agenda(parts, "keys", num_keys))
+
+
+def _agenda(parts: tuple["Part", ...], side: Literal["queries", "keys"], num_tokens: int) -> Agenda:
+    families: list[list[int]] = []
+    for number, part in enumerate(parts):
+        mine = getattr(part, side)
+        same = (f for f in families if _same_blocks(getattr(parts[f[0]], side), mine))
+        family = next(same, None)
+        if family is None:
+            families.append([number])
+        else:
+            family.append(number)
+
+    reach = {f[0]: int(getattr(parts[f[0]], side).count.sum()) for f in families}
+
+    def order(family: list[int]) -> tuple[int, int]:
+        return reach[family[0]], sum(parts[n].num_blocks for n in family)
+
+    families.sort(key=order, reverse=True)
+    complete = bool(families) and reach[families[0][0]] == num_tokens
+    if complete:
+        families.append(families.pop(0))
+    launches = tuple(_launch(parts, family, side, num_tokens) for family in families)
+    early = [getattr(parts[f[0]], side) for f in (families[:-1] if complete else families)]
+    state_of, num_states = _state_places(early, num_tokens)
+    fresh = bool(early) and int(early[0].count.sum()) == num_states
+    return Agenda(launches, state_of, num_states, complete, fresh)
+
+
+def _state_places(early: list[Blocks], num_tokens: int) -> tuple[Int[Tensor, "T"], int]:
+    """Give the tokens of these blocks places in the state; none where all tokens have one."""
+    device = early[0].start.device if early else torch.device("cpu")
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    if not early or any(int(b.count.sum()) == num_tokens for b in early):
+        return none, num_tokens if early else 0
+    known = torch.zeros(num_tokens, dtype=torch.bool, device=device)
+    for blocks in early:
+        if len(blocks):
+            tokens, exists = blocks.tokens()
+            known[tokens[exists]] = True
+    place = known.cumsum(0) - 1
+    return torch.where(known, place, -1).to(torch.int32), int(known.sum())
+
+
+def _same_blocks(a: Blocks, b: Blocks) -> bool:
+    if a is b:
+        return True
+    alike = (len(a), a.order.numel(), a.stride, a.size) == (
+        len(b), b.order.numel(), b.stride, b.size,
+    )  # fmt: skip
+    return alike and all(
+        torch.equal(x, y) for x, y in ((a.start, b.start), (a.count, b.count), (a.order, b.order))
+    )
+
+
+def _launch(
+    parts: tuple["Part", ...], family: list[int], side: Literal["queries", "keys"], num_tokens: int
+) -> Launch:
+    other: Literal["keys", "queries"] = "keys" if side == "queries" else "queries"
+    lists = [parts[n].rows if side == "queries" else parts[n].columns for n in family]
+    others: list[Blocks] = [getattr(parts[n], other) for n in family]
+    own: Blocks = getattr(parts[family[0]], side)
+    length = torch.stack([(x.ptr[:, 1:] - x.ptr[:, :-1]).long() for x in lists]).sum(0)
+    limit = _item_length(length, own.size, max(b.size for b in others), num_tokens)
+    pieces = ((length + limit - 1) // limit).clamp(min=1)
+    items, splits, num_slots = _items(length, pieces, limit)
+    affine = tuple(_is_affine(x, b) for x, b in zip(lists, others, strict=True))
+    return Launch(items, splits, tuple(family), affine, num_slots)
+
+
+def _item_length(
+    length: Int[Tensor, "G R"], own_size: int, other_size: int, num_tokens: int
+) -> int:
+    """Entries that an item may hold: few, as long as the pieces do not need too much memory."""
+    limit = max(1, ITEM_TOKENS // other_size)
+    longest = int(length.max()) if length.numel() else 0
+    room = max(MAX_SPLIT_TOKENS, num_tokens // 2) // own_size
+    while longest > limit:
+        split = (length + limit - 1) // limit
+        if int(torch.where(split > 1, split, 0).sum(1).max()) <= room:
+            break
+        limit *= 2
+    return limit
+
+
+def _items(
+    length: Int[Tensor, "G R"], pieces: Int[Tensor, "G R"], limit: int
+) -> tuple[Int[Tensor, "G I 4"], Int[Tensor, "G K 3"], int]:
+    """Write the items of each group, long ones first."""
+    groups, rows = length.shape
+    device = length.device
+    if not rows:
+        none = torch.empty(groups, 0, 4, dtype=torch.int32, device=device)
+        return none, none[..., :3], 0
+    split = pieces > 1
+    slots = torch.where(split, pieces, 0)
+    first_slot = slots.cumsum(1) - slots
+    per_group = pieces.sum(1)
+    flat = torch.arange(groups * rows, device=device).repeat_interleave(pieces.flatten())
+    start = pieces.flatten().cumsum(0) - pieces.flatten()
+    piece = torch.arange(flat.numel(), device=device) - start[flat]
+    first = piece * limit
+    last = torch.minimum(first + limit, length.flatten()[flat])
+    slot = torch.where(split.flatten()[flat], first_slot.flatten()[flat] + piece, -1)
+    rank = (last - first).clamp(min=1).double().log2().floor().long()
+    # long items start first; of about equal ones neighbours stay together for the cache
+    group = flat // rows
+    order = torch.sort(group * 64 - rank, stable=True).indices
+    found = torch.stack([flat % rows, first, last, slot], 1)[order].to(torch.int32)
+    items = _pad(found, per_group)
+    chosen = split.flatten().nonzero()[:, 0]
+    pieces_of = torch.stack(
+        [chosen % rows, first_slot.flatten()[chosen], pieces.flatten()[chosen]], 1
+    ).to(torch.int32)
+    splits = _pad(pieces_of, split.sum(1))
+    return items, splits, int(slots.sum(1).max())
+
+
+def _pad(rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"]) -> Int[Tensor, "G I W"]:
+    """Give every group as many rows as the largest has, of -1."""
+    widest = int(per_group.max())
+    if per_group.numel() == 1:
+        return rows[None]
+    group = torch.arange(per_group.numel(), device=rows.device).repeat_interleave(per_group)
+    place = torch.arange(rows.shape[0], device=rows.device)
+    place = place - (per_group.cumsum(0) - per_group)[group]
+    padded = rows.new_full((per_group.numel(), widest, rows.shape[1]), -1)
+    padded[group, place] = rows
+    return padded
+
+
+def _is_affine(lists: "Lists", blocks: Blocks) -> bool:
+    """Whether full entries of every list are blocks that lie one after another."""
+    first, last = lists.full.flatten().long(), lists.ptr[:, 1:].flatten().long()
+    long = last - first > 1
+    if not bool(long.any()):
+        return True
+    index = lists.index.long()
+    is_full = _inside(first, last, index.numel())
+    followed = is_full[:-1] & is_full[1:] & ~_starts(first, index.numel())[1:]
+    step = blocks.start[index[1:]] - blocks.start[index[:-1]]
+    return bool((~followed | (step == blocks.size * blocks.stride)).all())
+
+
+def _inside(first: Int[Tensor, "R"], last: Int[Tensor, "R"], size: int) -> Tensor:
+    """Mark the entries of the ranges first to last - 1."""
+    change = torch.zeros(size + 1, dtype=torch.int32, device=first.device)
+    change.index_add_(0, first, torch.ones_like(first, dtype=torch.int32))
+    change.index_add_(0, last, -torch.ones_like(last, dtype=torch.int32))
+    return change[:-1].cumsum(0) > 0
+
+
+def _starts(first: Int[Tensor, "R"], size: int) -> Tensor:
+    mark = torch.zeros(size + 1, dtype=torch.bool, device=first.device)
+    mark[first] = True
+    return mark[:-1]

@@ -1,0 +1,244 @@
+"""Choose the kernels' configurations on this GPU: `python -m sparse_core.tune`.
+
+Compiles the candidates side by side in processes of their own, holds each to the float64 reference,
+times those that pass, and writes the fastest where later calls find them. What was not tuned runs
+with the shipped table.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from sparse_core.building import build_layout
+from sparse_core.layout import BlockLayout
+from sparse_core.ops import Precision, sparse_attention
+from sparse_core.patterns import GlobalTokens, Pattern, RandomBlocks, SlidingWindow
+from sparse_core.testing import (
+    Inputs,
+    assert_close,
+    make_inputs,
+    reference_results,
+    run_with_gradients,
+)
+
+SMALL = 640
+"""Tokens of the numeric check."""
+
+CASES: dict[str, tuple[Pattern, int]] = {
+    "affine/short": (SlidingWindow(512), 65_536),
+    "affine/long": (SlidingWindow(3072), 16_384),
+    "listed/short": (
+        SlidingWindow(96) | GlobalTokens(128) | RandomBlocks(3, block=64),
+        65_536,
+    ),
+    "small/short": (SlidingWindow(8), 65_536),
+}
+"""For each kind and length of lists a pattern that has it, and the tokens that it is timed at."""
+
+CLASSES: dict[str, tuple[torch.dtype, Precision]] = {
+    "half": (torch.bfloat16, "ieee"),
+    "ieee": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate of one kernel for one kind of layout."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    case: str
+    config: tuple[int, int, int, int]
+
+
+def main() -> int:
+    """Tune, print the table, write the choices; 3 if some kind found no candidate that is right."""
+    parser = argparse.ArgumentParser(prog="python -m sparse_core.tune", description=__doc__)
+    parser.add_argument("--dtype", nargs="+", choices=tuple(CLASSES), default=["half"])
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--case", nargs="+", choices=tuple(CASES), default=list(CASES))
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("tuning needs a CUDA device", file=sys.stderr)
+        return 2
+    from sparse_core.kernels import tuning
+
+    print(f"{torch.cuda.get_device_name()}, {_versions()}")
+    start = time.perf_counter()
+    trials = [
+        trial
+        for dtype in arguments.dtype
+        for head_dim in arguments.head_dim
+        for case in arguments.case
+        for trial in _trials(dtype, head_dim, case)
+    ]
+    errors = _check_side_by_side(trials)
+    choices, missing = {}, []
+    for (kernel, dtype, head_dim, case), group in _grouped(trials).items():
+        times = {t: _time(t) for t in group if errors[t] is None}
+        for trial in group:
+            print(_line(trial, times.get(trial), errors[trial]), flush=True)
+        name = f"{kernel}/{dtype}/{head_dim}/{case}"
+        if times:
+            choices[name] = tuning.Config(*min(times, key=times.__getitem__).config)
+        else:
+            missing.append(name)
+    path = tuning.cache_path()
+    tuning.save(path, choices)
+    print(f"{len(choices)} choices in {path}, {time.perf_counter() - start:.0f} s")
+    for name in missing:
+        print(f"{name}: no candidate is right", file=sys.stderr)
+    return 3 if missing else 0
+
+
+def _versions() -> str:
+    from sparse_core.kernels import tuning
+
+    version = tuning.triton.__version__
+    return f"torch {torch.__version__}, triton {version}, ptxas {tuning.ptxas_version()}"
+
+
+def _trials(dtype: str, head_dim: int, case: str) -> list[Trial]:
+    from sparse_core.kernels import tuning
+
+    rounded = next(d for d in tuning.HEAD_DIMS if head_dim <= d)
+    return [
+        Trial(kernel, dtype, rounded, case, (c.block_own, c.block_other, c.num_warps, c.num_stages))
+        for kernel in tuning.KERNELS
+        for c in tuning.candidates(kernel, dtype, rounded)
+    ]
+
+
+def _grouped(trials: list[Trial]) -> dict[tuple[str, str, int, str], list[Trial]]:
+    groups: dict[tuple[str, str, int, str], list[Trial]] = {}
+    for trial in trials:
+        key = (trial.kernel, trial.dtype, trial.head_dim, trial.case)
+        groups.setdefault(key, []).append(trial)
+    return groups
+
+
+def _check_side_by_side(trials: list[Trial]) -> dict[Trial, str | None]:
+    """Compile and check every trial; what is wrong with it, or None."""
+    workers = min(os.cpu_count() or 1, 16)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        found = pool.map(check, trials)
+        return dict(zip(trials, found, strict=True))
+
+
+def check(trial: Trial) -> str | None:
+    """Hold one candidate to the reference, forward and gradients; say what is wrong."""
+    torch.set_num_threads(1)
+    dtype, precision = CLASSES[trial.dtype]
+    pattern = CASES[trial.case][0]
+    block = 128 if trial.case != "small/short" else 32
+    layout = build_layout(pattern, SMALL, block_size=block, device="cuda")
+    host = make_inputs(SMALL, heads=2, head_dim=trial.head_dim, dtype=dtype)
+    inputs = Inputs(*(getattr(host, name).cuda() for name in Inputs.__dataclass_fields__))
+    try:
+        with _forcing(trial):
+            found = run_with_gradients(
+                lambda q, k, v, bias, slopes: sparse_attention(
+                    q, k, v, layout, backend="triton", precision=precision, return_lse=True
+                ),
+                inputs,
+            )
+        plain = {name: x.cpu() for name, x in found.items() if not name.startswith(("dkey", "dal"))}
+        mask = pattern.mask(SMALL)
+        none = torch.zeros(SMALL, SMALL, dtype=torch.float64)
+        exact = _without_bias(reference_results(_no_bias(host), mask, none))
+        if precision == "tf32":
+            return _far(plain, exact, 5e-3)
+        assert_close(plain, exact, host)
+    except Exception as error:  # noqa: BLE001 - a candidate may fail in any way, and is then out
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
+    return None
+
+
+def _no_bias(inputs: Inputs) -> Inputs:
+    zero = torch.zeros_like
+    return Inputs(
+        inputs.q, inputs.k, inputs.v, zero(inputs.key_bias), zero(inputs.alibi_slopes),
+        inputs.grad_out, inputs.grad_lse,
+    )  # fmt: skip
+
+
+def _without_bias(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in results.items() if not name.startswith(("dkey", "dal"))}
+
+
+def _far(found: dict[str, Tensor], exact: dict[str, Tensor], limit: float) -> str | None:
+    for name, wanted in exact.items():
+        error = float((found[name].double() - wanted).norm() / wanted.norm())
+        if not error <= limit:
+            return f"{name}: relative error {error:.1e}"
+    return None
+
+
+def _forcing(trial: Trial):  # type: ignore[no-untyped-def]
+    from sparse_core.kernels import tuning
+
+    return tuning.forced({trial.kernel: tuning.Config(*trial.config)})  # type: ignore[dict-item]
+
+
+def _time(trial: Trial) -> float:
+    """Milliseconds of the kernel in a call: forward, or the whole of backward."""
+    dtype, precision = CLASSES[trial.dtype]
+    pattern, tokens = CASES[trial.case]
+    tokens = tokens if trial.dtype == "half" else tokens // 8
+    layout = _layout(pattern, tokens)
+    heads = max(1, 768 // trial.head_dim)
+    shape = (1, tokens, heads, trial.head_dim)
+    q, k, v, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with _forcing(trial):
+        if trial.kernel == "forward":
+            with torch.no_grad():
+                return _median(lambda: sparse_attention(q, k, v, layout, precision=precision))
+        out = sparse_attention(q, k, v, layout, precision=precision)
+        assert isinstance(out, Tensor)
+        return _median(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+
+
+_LAYOUTS: dict[tuple[Pattern, int], BlockLayout] = {}
+
+
+def _layout(pattern: Pattern, tokens: int) -> BlockLayout:
+    if (pattern, tokens) not in _LAYOUTS:
+        _LAYOUTS[pattern, tokens] = build_layout(pattern, tokens, device="cuda")
+    return _LAYOUTS[pattern, tokens]
+
+
+def _median(run: Callable[[], object], repeats: int = 10) -> float:
+    for _ in range(3):
+        run()
+    milliseconds = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        milliseconds.append(begin.elapsed_time(end))
+    return statistics.median(milliseconds)
+
+
+def _line(trial: Trial, milliseconds: float | None, error: str | None) -> str:
+    own, other, warps, stages = trial.config
+    name = f"{trial.kernel}/{trial.dtype}/{trial.head_dim}/{trial.case}"
+    what = f"{milliseconds:8.3f} ms" if milliseconds is not None else f"out: {error}"
+    return f"{name:38} {own:4} x {other:3}, {warps} warps, {stages} stages  {what}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
