@@ -10,7 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_core.reference import reference_attention
+from sparse_core.building import build_layout
+from sparse_core.layout import BlockLayout
+from sparse_core.ops import Backend, sparse_attention
+from sparse_core.patterns import Pattern
+from sparse_core.reference import coordinate_distance, reference_attention
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Allowed relative error of each dtype; the absolute part scales with the inputs."""
@@ -117,6 +121,51 @@ def reference_results(
         return reference_attention(q, k, v, mask, key_bias=bias, alibi=alibi)
 
     return run_with_gradients(attention, exact)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine of `sparse_attention` and the device it is tried on."""
+
+    backend: Backend
+    device: str
+
+    def run(self, layout: BlockLayout, inputs: Inputs, *, plain: bool = False) -> dict[str, Tensor]:
+        """Compute results and gradients there, and bring them back; `plain` leaves out biases."""
+        there = Inputs(
+            *(getattr(inputs, name).to(self.device) for name in Inputs.__dataclass_fields__)
+        )
+        moved = layout.to(self.device)
+
+        def attention(
+            q: Tensor, k: Tensor, v: Tensor, bias: Tensor, slopes: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            found = sparse_attention(
+                q, k, v, moved,
+                key_bias=None if plain else bias, alibi_slopes=None if plain else slopes,
+                backend=self.backend, return_lse=True,
+            )  # fmt: skip
+            assert isinstance(found, tuple)
+            return found
+
+        return {name: x.cpu() for name, x in run_with_gradients(attention, there).items()}
+
+
+def check_against_float64(
+    pattern: Pattern,
+    inputs: Inputs,
+    engine: Engine,
+    *,
+    coords: Int[Tensor, "T P"] | None = None,
+    segments: list[int] | None = None,
+    block_size: int | None = None,
+) -> None:
+    """Hold an engine to the reference on one pattern: results and all gradients."""
+    where = inputs.q.shape[1] if coords is None else coords
+    layout = build_layout(pattern, where, segments=segments, block_size=block_size)
+    distance = coordinate_distance(layout.query_coords, layout.key_coords, torch.float64)
+    expected = reference_results(inputs, pattern.mask(where, segments=segments), distance)
+    assert_close(engine.run(layout, inputs), expected, inputs)
 
 
 def assert_close(

@@ -192,22 +192,26 @@ def _forcing(trial: Trial):  # type: ignore[no-untyped-def]
 
 
 def _time(trial: Trial) -> float:
-    """Milliseconds of the kernel in a call: forward, or the whole of backward."""
+    """Milliseconds of the kernel alone, replayed as a CUDA graph."""
+    from sparse_core.kernels import engine
+
     dtype, precision = CLASSES[trial.dtype]
     pattern, tokens = CASES[trial.case]
-    tokens = tokens if trial.dtype == "half" else tokens // 8
-    layout = _layout(pattern, tokens)
+    layout = _layout(pattern, tokens if trial.dtype == "half" else tokens // 8)
     heads = max(1, 768 // trial.head_dim)
-    shape = (1, tokens, heads, trial.head_dim)
+    shape = (1, layout.num_queries, heads, trial.head_dim)
     q, k, v, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    extras = {"key_bias": None, "alibi_slopes": None, "precision": precision}
+    scale = trial.head_dim**-0.5
     with _forcing(trial):
         if trial.kernel == "forward":
-            with torch.no_grad():
-                return _median(lambda: sparse_attention(q, k, v, layout, precision=precision))
-        out = sparse_attention(q, k, v, layout, precision=precision)
-        assert isinstance(out, Tensor)
-        return _median(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+            return _median(lambda: engine.forward(q, k, v, layout, scale=scale, **extras))
+        out, lse = engine.forward(q, k, v, layout, scale=scale, **extras)
+        call = engine.Backward(
+            q=q, k=k, v=v, grad_out=grad, out=out, lse=lse, grad_lse=torch.zeros_like(lse),
+            delta=torch.zeros_like(lse), layout=layout, scale=scale, **extras,
+        )  # fmt: skip
+        return _median(call.by_queries if trial.kernel == "query" else call.by_keys)
 
 
 _LAYOUTS: dict[tuple[Pattern, int], BlockLayout] = {}
@@ -219,18 +223,22 @@ def _layout(pattern: Pattern, tokens: int) -> BlockLayout:
     return _LAYOUTS[pattern, tokens]
 
 
-def _median(run: Callable[[], object], repeats: int = 10) -> float:
-    for _ in range(3):
-        run()
+def _median(run: Callable[[], object], repeats: int = 9, inner: int = 3) -> float:
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(inner):
+            run()
     milliseconds = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        run()
+        graph.replay()
         end.record()
         end.synchronize()
-        milliseconds.append(begin.elapsed_time(end))
-    return statistics.median(milliseconds)
+        milliseconds.append(begin.elapsed_time(end) / inner)
+    return statistics.median(milliseconds[1:])
 
 
 def _line(trial: Trial, milliseconds: float | None, error: str | None) -> str:

@@ -94,11 +94,22 @@ def backward(
     precision: str,
 ) -> Gradients:
     """Compute all gradients."""
-    call = _Backward(
-        *_with_channels_inside(q, k, v, grad_out), out.contiguous(), lse.contiguous(),
-        grad_lse.float().contiguous(), _contiguous(key_bias), _contiguous(alibi_slopes),
-        torch.empty_like(lse), layout, scale, precision,
-    )  # fmt: skip
+    q, k, v, grad_out = _with_channels_inside(q, k, v, grad_out)
+    call = Backward(
+        q=q,
+        k=k,
+        v=v,
+        grad_out=grad_out,
+        out=out.contiguous(),
+        lse=lse.contiguous(),
+        grad_lse=grad_lse.float().contiguous(),
+        key_bias=_contiguous(key_bias),
+        alibi_slopes=_contiguous(alibi_slopes),
+        delta=torch.empty_like(lse, memory_format=torch.contiguous_format),
+        layout=layout,
+        scale=scale,
+        precision=precision,
+    )
     grad_q, grad_slopes = call.by_queries()
     grad_k, grad_v, grad_bias = call.by_keys()
     return Gradients(
@@ -111,8 +122,8 @@ def backward(
 
 
 @dataclass(frozen=True)
-class _Backward:
-    """The inputs of one backward call; `delta` passes from the first pass to the second."""
+class Backward:
+    """The inputs of one backward call, made contiguous; the first pass leaves `delta` behind."""
 
     q: Tensor
     k: Tensor

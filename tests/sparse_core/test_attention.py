@@ -1,9 +1,11 @@
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from sparse_core import (
     build_layout,
@@ -25,10 +27,12 @@ from sparse_core.patterns import (
     SlidingWindow,
     Strided,
 )
+from sparse_core.patterns.terms import Tokens
 from sparse_core.reference import coordinate_distance, reference_attention
 from sparse_core.testing import (
-    Inputs,
+    Engine,
     assert_close,
+    check_against_float64,
     make_inputs,
     reference_results,
     run_with_gradients,
@@ -47,91 +51,106 @@ PATTERNS = [
     SlidingWindow(20) | GlobalTokens(2) | RandomBlocks(2, 16),
     (SlidingWindow(20) | DilatedWindow(5, 7) | GlobalTokens(1)) & Causal(),
 ]
-BACKENDS = ("blockwise", "reference")
+
+
+@dataclass(frozen=True)
+class Sparkle(Pattern):
+    """A pattern that no terms describe."""
+
+    def allows(self, query: Tokens, key: Tokens) -> Tensor:
+        return (query.index * 7 + key.index * 3) % 5 == 0
+
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-
-def check(
-    pattern: Pattern, inputs: Inputs, segments: list[int] | None, backend: str = "blockwise"
-) -> None:
-    tokens = inputs.q.shape[1]
-    layout = build_layout(pattern, tokens, segments=segments)
-    distance = coordinate_distance(layout.query_coords, layout.key_coords, torch.float64)
-    mask = pattern.mask(tokens, segments=segments)
-    expected = reference_results(inputs, mask, distance)
-    found = run_with_gradients(
-        lambda q, k, v, bias, slopes: sparse_attention(
-            q, k, v, layout, key_bias=bias, alibi_slopes=slopes, backend=backend, return_lse=True
-        ),
-        inputs,
-    )
-    assert_close(found, expected, inputs)
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+)
+BLOCKWISE = Engine("blockwise", "cpu")
+ENGINES = [
+    pytest.param(BLOCKWISE, id="blockwise"),
+    pytest.param(Engine("blockwise", "cuda"), id="blockwise-cuda", marks=GPU),
+    pytest.param(Engine("triton", "cuda"), id="triton", marks=GPU),
+]
+on_every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
+@on_every_engine
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blockwise_against_float64(pattern: Pattern, dtype: torch.dtype) -> None:
+def test_against_float64(engine: Engine, pattern: Pattern, dtype: torch.dtype) -> None:
+    if engine.backend == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton engine has no float64")
     for tokens, (heads, kv_heads) in product((1, 2, 63, 129), ((2, 2), (4, 2))):
         inputs = make_inputs(tokens, batch=2, heads=heads, kv_heads=kv_heads, dtype=dtype)
-        check(pattern, inputs, None)
+        check_against_float64(pattern, inputs, engine)
         segments = [tokens // 3, 0, tokens - tokens // 3 - tokens // 5, tokens // 5]
-        check(pattern, inputs, segments)
+        check_against_float64(pattern, inputs, engine, segments=segments)
 
 
+@on_every_engine
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_blockwise_at_a_thousand_tokens(pattern: Pattern, dtype: torch.dtype) -> None:
-    check(pattern, make_inputs(1000, heads=4, kv_heads=1, dtype=dtype), None)
-    check(pattern, make_inputs(1000, heads=2, dtype=dtype), [511, 1, 488])
+def test_at_a_thousand_tokens(engine: Engine, pattern: Pattern, dtype: torch.dtype) -> None:
+    if engine.backend == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton engine has no float64")
+    inputs = make_inputs(1000, heads=4, kv_heads=1, dtype=dtype)
+    check_against_float64(pattern, inputs, engine)
+    inputs = make_inputs(1000, heads=2, dtype=dtype)
+    check_against_float64(pattern, inputs, engine, segments=[511, 1, 488])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_reference_backend_agrees(pattern: Pattern) -> None:
-    check(pattern, make_inputs(63, heads=4, kv_heads=2, dtype=torch.float64), None, "reference")
+    inputs = make_inputs(63, heads=4, kv_heads=2, dtype=torch.float64)
+    check_against_float64(pattern, inputs, Engine("reference", "cpu"))
 
 
-@pytest.mark.parametrize("head_dim", [1, 8, 48, 72, 96, 128, 256])
-def test_head_dims(head_dim: int) -> None:
-    check(PATTERNS[-2], make_inputs(129, head_dim=head_dim), None)
+@on_every_engine
+@pytest.mark.parametrize("head_dim", [1, 8, 16, 40, 48, 64, 72, 80, 96, 100, 128, 160, 192, 256])
+def test_head_dims(engine: Engine, head_dim: int) -> None:
+    check_against_float64(PATTERNS[-2], make_inputs(129, head_dim=head_dim), engine)
 
 
+@on_every_engine
 @pytest.mark.parametrize("pattern", [SlidingWindow(2), SlidingWindow(1) | GlobalTokens(3)], ids=str)
-def test_two_dimensions(pattern: Pattern) -> None:
+def test_two_dimensions(engine: Engine, pattern: Pattern) -> None:
     coords = torch.randint(0, 9, (150, 2), generator=torch.Generator().manual_seed(1))
     inputs = make_inputs(150, heads=4, kv_heads=2)
-    layout = build_layout(pattern, coords, segments=[90, 60])
-    distance = coordinate_distance(coords, coords, torch.float64)
-    expected = reference_results(inputs, pattern.mask(coords, segments=[90, 60]), distance)
-    found = run_with_gradients(
-        lambda q, k, v, bias, slopes: sparse_attention(
-            q, k, v, layout, key_bias=bias, alibi_slopes=slopes, return_lse=True
-        ),
-        inputs,
+    check_against_float64(pattern, inputs, engine, coords=coords, segments=[90, 60])
+
+
+@on_every_engine
+def test_three_dimensions(engine: Engine) -> None:
+    coords = torch.randint(0, 6, (150, 3), generator=torch.Generator().manual_seed(1))
+    check_against_float64(SlidingWindow(1), make_inputs(150), engine, coords=coords)
+
+
+@on_every_engine
+def test_a_pattern_of_its_own_is_drawn_as_bits(engine: Engine) -> None:
+    check_against_float64(Sparkle() | SlidingWindow(3), make_inputs(129), engine)
+    check_against_float64(
+        Sparkle(), make_inputs(129, heads=4, kv_heads=2), engine, segments=[80, 49]
     )
-    assert_close(found, expected, inputs)
 
 
-def test_rectangular() -> None:
+@on_every_engine
+def test_rectangular(engine: Engine) -> None:
     pattern = SlidingWindow(9) | GlobalTokens(2)
     inputs = make_inputs(70, 130, heads=4, kv_heads=2)
     layout = build_layout(pattern, 70, 130, segments=[30, 40], key_segments=[100, 30])
     mask = pattern.mask(70, 130, segments=[30, 40], key_segments=[100, 30])
     distance = coordinate_distance(layout.query_coords, layout.key_coords, torch.float64)
-    found = run_with_gradients(
-        lambda q, k, v, bias, slopes: sparse_attention(
-            q, k, v, layout, key_bias=bias, alibi_slopes=slopes, return_lse=True
-        ),
-        inputs,
-    )
+    found = engine.run(layout, inputs)
     assert_close(found, reference_results(inputs, mask, distance), inputs)
 
 
-def test_query_without_keys_returns_zero() -> None:
+@on_every_engine
+def test_query_without_keys_returns_zero(engine: Engine) -> None:
     inputs = make_inputs(64)
     layout = build_layout(BlockList(((0, 0),), 16), 64)
-    found = run_with_gradients(
-        lambda q, k, v, bias, slopes: sparse_attention(q, k, v, layout, return_lse=True), inputs
-    )
+    found = engine.run(layout, inputs, plain=True)
     assert (found["out"][:, 16:] == 0).all()
     assert (found["lse"][..., 16:] == -torch.inf).all()
     for name in ("dq", "dk", "dv"):
@@ -187,22 +206,27 @@ def test_packed_equals_alone() -> None:
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-6)
 
 
-def test_heads_with_lists_of_their_own() -> None:
+@on_every_engine
+def test_heads_with_lists_of_their_own(engine: Engine) -> None:
     patterns = [RandomBlocks(1, 16, seed=s) for s in range(3)]
     group_of = torch.tensor([[0, 2], [1, 1]])
     layout = stack([build_layout(p, 100) for p in patterns], group_of)
     masks = torch.stack([p.mask(100) for p in patterns])[group_of].repeat_interleave(2, 1)
     inputs = make_inputs(100, batch=2, heads=4, kv_heads=2)
-    expected = reference_results(inputs, masks, torch.zeros(100, 100))
-    for backend in BACKENDS:
-        found = run_with_gradients(
-            lambda q, k, v, bias, slopes, backend=backend: sparse_attention(
-                q, k, v, layout, key_bias=bias, backend=backend, return_lse=True
-            ),
-            inputs,
-        )
-        expected["dalibi_slopes"] = torch.zeros_like(expected["dalibi_slopes"])
-        assert_close(found, expected, inputs)
+    distance = coordinate_distance(layout.query_coords, layout.key_coords, torch.float64)
+    expected = reference_results(inputs, masks, distance)
+    for one in (engine, Engine("reference", "cpu")):
+        assert_close(one.run(layout, inputs), expected, inputs)
+
+
+@on_every_engine
+def test_merged_layouts_count_a_pair_once_for_each(engine: Engine) -> None:
+    near, far = SlidingWindow(9), DilatedWindow(6, 10)
+    inputs = make_inputs(80, heads=4, kv_heads=2)
+    whole = merge([build_layout(near, 80), build_layout(far, 80)])
+    counts = near.mask(80).int() + far.mask(80).int()
+    distance = coordinate_distance(whole.query_coords, whole.key_coords, torch.float64)
+    assert_close(engine.run(whole, inputs), reference_results(inputs, counts, distance), inputs)
 
 
 def test_merge_attention_joins_disjoint_keys() -> None:
@@ -270,7 +294,7 @@ def test_opcheck() -> None:
     bias, slopes = inputs.key_bias.requires_grad_(), inputs.alibi_slopes.requires_grad_()
     op = torch.ops.gigasparse.attention.default
     for extras in ((None, None), (bias, slopes)):
-        torch.library.opcheck(op, (q, k, v, *extras, tensors, numbers, 0.3, "blockwise"))
+        torch.library.opcheck(op, (q, k, v, *extras, tensors, numbers, 0.3, "blockwise", "ieee"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -287,18 +311,13 @@ def test_autocast_casts_and_gradients_come_back(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.float(), plain, rtol=0.05, atol=0.05)
 
 
-def test_runs_are_bit_identical() -> None:
+@on_every_engine
+def test_runs_are_bit_identical(engine: Engine) -> None:
+    if engine == Engine("blockwise", "cuda"):
+        pytest.skip("PyTorch adds with atomics there")
     inputs = make_inputs(500, heads=4)
     layout = build_layout(PATTERNS[-2], 500)
-    runs = [
-        run_with_gradients(
-            lambda q, k, v, bias, slopes: sparse_attention(
-                q, k, v, layout, key_bias=bias, return_lse=True
-            ),
-            inputs,
-        )
-        for _ in range(5)
-    ]
+    runs = [engine.run(layout, inputs) for _ in range(5)]
     for run in runs[1:]:
         assert all(torch.equal(run[name], runs[0][name]) for name in run)
 
@@ -313,6 +332,7 @@ def test_runs_are_bit_identical() -> None:
         ({"key_bias": torch.zeros(70)}, "key_bias is"),
         ({"alibi_slopes": torch.zeros(2)}, "alibi_slopes is"),
         ({"backend": "flash"}, "backend is auto"),
+        ({"precision": "bf16"}, "precision is ieee or tf32"),
     ],
 )
 def test_misuse_is_named(change: dict[str, object], message: str) -> None:
@@ -325,7 +345,7 @@ def test_misuse_is_named(change: dict[str, object], message: str) -> None:
 
 def test_a_named_engine_that_cannot_run_raises() -> None:
     inputs = make_inputs(4)
-    with pytest.raises(RuntimeError, match="triton"):
+    with pytest.raises(RuntimeError, match="need a CUDA device; the tensors are on cpu"):
         sparse_attention(inputs.q, inputs.k, inputs.v, build_layout(Dense(), 4), backend="triton")
 
 
