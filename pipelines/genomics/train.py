@@ -58,7 +58,7 @@ def train(config: dict[str, Any]) -> int:
     """Train and score; 0, or 3 if records or labels stayed without a partner."""
     check_baselines(config["baselines"], BASELINES)
     settings = FitSettings.from_config(config)
-    check_network(partial(DnaClassifier, **architecture_of(config, num_classes=2)))
+    check_network(partial(DnaClassifier, **_architecture(config, num_classes=2)))
     if not 0 <= config["overlap"] < config["context"]:
         raise InputError(
             f"overlap must be at least 0 and below context; got overlap={config['overlap']}, "
@@ -75,6 +75,11 @@ def train(config: dict[str, Any]) -> int:
     print(f"{len(store):,} records, {sum(store.lengths):,} bases; {store.counts}")
     study = _Study(config, settings, store, table, out)
     return study.run()
+
+
+def _architecture(config: dict[str, Any], *, num_classes: int) -> dict[str, Any]:
+    architecture = architecture_of(config, num_classes=num_classes)
+    return {**architecture, "stem_stride": config["stem_stride"]}
 
 
 def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
@@ -135,7 +140,7 @@ class _Study:
                 f"without copies; at least two classes are needed: see {out / 'duplicates.csv'}, "
                 "or use duplicates=keep"
             )
-        self.architecture = architecture_of(config, num_classes=len(self.classes))
+        self.architecture = _architecture(config, num_classes=len(self.classes))
         self.targets = np.array([self.classes.index(label) for label in rows["label"]])
         splits = assign_splits(
             ids=rows["id"].tolist(),

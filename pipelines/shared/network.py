@@ -1,10 +1,12 @@
 """The network of both pipelines: stem, sparse encoder with registers, pooling, head."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+import torch.distributed
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from pipelines.shared.batch import PackedBatch
@@ -14,7 +16,9 @@ from sparse_core.nn import SparseEncoder
 from sparse_core.ops import Backend
 from sparse_core.patterns import GlobalTokens, Pattern
 
-Pooling = Literal["attention", "mean", "max"]
+HeadNorm = Literal["layer", "batch"]
+
+POOLINGS = ("attention", "mean", "max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,10 @@ class SequenceClassifier(nn.Module):
     pooling this is ABMIL (Ilse et al. 2018, equation 9, the gated form).
 
     `pattern` is a pattern's text, or a list with one for each layer; None leaves attention out.
+    `pooling` is attention, mean or max, or several, as in "mean+max": then the head reads them, and
+    the mean of the registers, side by side. `head_norm` is "layer" or "batch"; the latter takes
+    away what the pooled vectors of all sequences have in common (`SequenceNorm`), which in long
+    sequences is nearly all of them. A stem with a `stride` makes one token of so many inputs.
     """
 
     def __init__(
@@ -48,7 +56,8 @@ class SequenceClassifier(nn.Module):
         num_classes: int,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
-        pooling: Pooling = "attention",
+        pooling: str = "attention",
+        head_norm: HeadNorm = "layer",
         rotary_base: float = 10_000.0,
         checkpointing: bool = False,
         backend: Backend = "auto",
@@ -73,33 +82,66 @@ class SequenceClassifier(nn.Module):
         )
         self.num_registers = max((leading_globals(p) for p in patterns if p), default=0)
         self.registers = nn.Parameter(torch.randn(self.num_registers, dim) * 0.02)
-        self.pool = SequencePooling(dim, pooling)
+        self.pool = build_pooling(dim, pooling)
+        self.apart = self.num_registers > 0 and isinstance(self.pool, SeveralPoolings)
+        width = dim * (pooling.count("+") + 1 + self.apart)
         self.head = nn.Sequential(
-            nn.LayerNorm(dim), nn.Dropout(dropout), nn.Linear(dim, num_classes)
+            build_head_norm(width, head_norm), nn.Dropout(dropout), nn.Linear(width, num_classes)
         )
 
     def forward(self, batch: PackedBatch) -> NetworkOutput:
         """Score every sequence of the batch."""
         x = self.stem(batch.inputs, batch.lengths)
-        lengths = batch.lengths.to(x.device)
-        segment, place = self._places(batch.coords, lengths)
+        tokens = self._tokens(batch)
+        lengths = tokens.lengths.to(x.device)
+        segment, place = self._places(tokens.coords, lengths)
         joined = self._with_registers(x, place, lengths)
-        encoded = self.encoder(joined[None], self.build_layouts(batch))[0]
+        encoded = self.encoder(joined[None], self._layouts(tokens))[0]
         pooled, attention = self.pool(encoded[place], segment, lengths.numel())
         if self.num_registers:
-            pooled = pooled + encoded[self._register_places(lengths)].mean(1)
-        return NetworkOutput(self.head(pooled), attention)
+            registers = encoded[self._register_places(lengths)].mean(1)
+            pooled = torch.cat([pooled, registers], 1) if self.apart else pooled + registers
+        return NetworkOutput(self.head(pooled), self._by_input(attention, batch))
 
     def build_layouts(self, batch: PackedBatch) -> tuple[BlockLayout, ...]:
         """Build the layouts of a batch, registers included; none if no layer attends."""
+        return self._layouts(self._tokens(batch))
+
+    def _layouts(self, tokens: PackedBatch) -> tuple[BlockLayout, ...]:
         if not self.encoder.patterns:
             return ()
-        lengths = batch.lengths.to(batch.coords.device)
-        _, place = self._places(batch.coords, lengths)
-        total = batch.coords.shape[0] + lengths.numel() * self.num_registers
-        coords = batch.coords.new_zeros(total, batch.coords.shape[1])
-        coords[place] = batch.coords
+        lengths = tokens.lengths.to(tokens.coords.device)
+        _, place = self._places(tokens.coords, lengths)
+        total = tokens.coords.shape[0] + lengths.numel() * self.num_registers
+        coords = tokens.coords.new_zeros(total, tokens.coords.shape[1])
+        coords[place] = tokens.coords
         return self.encoder.build_layouts(coords, segments=lengths + self.num_registers)
+
+    def _tokens(self, batch: PackedBatch) -> PackedBatch:
+        """Lengths and coordinates of the stem's tokens; a token stands where its first input does.
+
+        Coordinates are those of inputs, so that patterns mean the same whatever the stride.
+        """
+        stride = self._stride
+        if stride == 1:
+            return batch
+        _, share = token_of_input(batch.lengths, stride)
+        first = (share.cumsum(0) - share).to(batch.coords.device)
+        return replace(batch, coords=batch.coords[first], lengths=-(-batch.lengths // stride))
+
+    def _by_input(self, attention: Float[Tensor, " N"], batch: PackedBatch) -> Float[Tensor, " T"]:
+        """Share each token's attention evenly among its inputs."""
+        stride = self._stride
+        if stride == 1:
+            return attention
+        owner, share = token_of_input(batch.lengths, stride)
+        return (attention / share.to(attention))[owner.to(attention.device)]
+
+    @property
+    def _stride(self) -> int:
+        stride = getattr(self.stem, "stride", 1)
+        assert isinstance(stride, int), "a stem's stride is a number"
+        return stride
 
     def _places(
         self, coords: Int64[Tensor, "T P"], lengths: Int64[Tensor, " S"]
@@ -139,10 +181,10 @@ class SequencePooling(nn.Module):
     channel, and a token counts by the share of channels it gave.
     """
 
-    def __init__(self, dim: int, kind: Pooling = "attention") -> None:
+    def __init__(self, dim: int, kind: str = "attention") -> None:
         super().__init__()
-        if kind not in ("attention", "mean", "max"):
-            raise ValueError(f"pooling is attention, mean or max; got {kind!r}")
+        if kind not in POOLINGS:
+            raise ValueError(f"pooling is {', '.join(POOLINGS)}, or several with +; got {kind!r}")
         self.kind = kind
         if kind == "attention":
             self.content, self.gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -151,15 +193,16 @@ class SequencePooling(nn.Module):
     def forward(
         self, x: Float[Tensor, "T E"], segment: Int64[Tensor, " T"], num_sequences: int
     ) -> tuple[Float[Tensor, "S E"], Float[Tensor, " T"]]:
-        """Pool the tokens of each sequence."""
+        """Pool the tokens of each sequence; sums over them are never in half precision."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.kind == "max":
             return self._largest(x, segment, num_sequences)
         scores = x.new_zeros(x.shape[0])
         if self.kind == "attention":
-            scores = self.score(self.content(x).tanh() * self.gate(x).sigmoid())[:, 0]
+            scores = self.score(self.content(x).tanh() * self.gate(x).sigmoid())[:, 0].to(x.dtype)
         weights = segment_softmax(scores, segment, num_sequences)
         pooled = x.new_zeros(num_sequences, x.shape[1])
-        return pooled.index_add(0, segment, weights[:, None].to(x.dtype) * x), weights
+        return pooled.index_add(0, segment, weights[:, None] * x), weights
 
     def _largest(
         self, x: Float[Tensor, "T E"], segment: Int64[Tensor, " T"], num_sequences: int
@@ -170,6 +213,116 @@ class SequencePooling(nn.Module):
         given = (x == pooled[segment]).to(x.dtype)
         count = torch.zeros_like(pooled).index_add(0, segment, given)
         return pooled, (given / count[segment]).mean(1)
+
+
+class SeveralPoolings(nn.ModuleList):
+    """Pool in several ways, side by side; a token counts by their mean."""
+
+    def __init__(self, dim: int, kinds: Sequence[str]) -> None:
+        super().__init__(SequencePooling(dim, kind) for kind in kinds)
+
+    def forward(
+        self, x: Float[Tensor, "T E"], segment: Int64[Tensor, " T"], num_sequences: int
+    ) -> tuple[Float[Tensor, "S F"], Float[Tensor, " T"]]:
+        """Pool the tokens of each sequence."""
+        vectors, weights = zip(*(pool(x, segment, num_sequences) for pool in self), strict=True)
+        return torch.cat(vectors, 1), torch.stack(weights).mean(0)
+
+
+def build_pooling(dim: int, pooling: str) -> SequencePooling | SeveralPoolings:
+    """Build a pooling from its name, or several from names joined by +."""
+    kinds = pooling.split("+")
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"pooling names a kind twice; got {pooling!r}")
+    return SequencePooling(dim, pooling) if len(kinds) == 1 else SeveralPoolings(dim, kinds)
+
+
+class SequenceNorm(nn.Module):
+    """Standardise each channel over sequences: batch normalisation (Ioffe and Szegedy 2015).
+
+    Mean pooling over thousands of tokens leaves vectors that differ by a small part of what they
+    have in common; the head learns from the difference alone. Evaluation uses running estimates, so
+    that a result does not depend on its batch. The statistics are those of all processes
+    together, in float32 at least. A batch of a single sequence has no spread of its own, and is
+    standardised by the running estimates in training too. `momentum` is the share of the newest
+    batch in them: while weights move fast, what sequences have in common moves by several times
+    their spread, and older batches mislead.
+    """
+
+    mean: Float[Tensor, " E"]
+    variance: Float[Tensor, " E"]
+    num_steps: Int64[Tensor, ""]
+
+    def __init__(self, dim: int, *, momentum: float = 0.2, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("variance", torch.ones(dim))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Float[Tensor, "S E"]) -> Float[Tensor, "S E"]:
+        """Standardise, by the batch in training and by the running estimates else."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+            mean, variance = self._measure(x) if self.training else (self.mean, self.variance)
+            return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+    def _measure(self, x: Float[Tensor, "S E"]) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
+        """Take mean and variance over the sequences of all processes, and remember them."""
+        count = _sum_over_processes(x.new_tensor(float(len(x))))
+        mean = _sum_over_processes(x.sum(0)) / count
+        # in a second pass: the mean may exceed the spread a thousandfold
+        variance = _sum_over_processes((x - mean).square().sum(0)) / count
+        several = count > 1
+        self._remember(mean.detach(), variance.detach(), several)
+        return torch.where(several, mean, self.mean), torch.where(several, variance, self.variance)
+
+    @torch.no_grad()
+    def _remember(
+        self, mean: Float[Tensor, " E"], variance: Float[Tensor, " E"], several: Bool[Tensor, ""]
+    ) -> None:
+        """Mix the batch into the running estimates, as two samples are joined into one."""
+        share = (1.0 / (self.num_steps + 1)).clamp(min=self.momentum).to(mean.dtype)
+        shift = mean - self.mean
+        between = share * (1 - share) * shift.square()
+        joined = (1 - share) * self.variance + share * variance + between
+        self.mean += share * shift
+        # the first of all sequences, alone, says nothing of the spread
+        self.variance.copy_(torch.where(several | (self.num_steps > 0), joined, self.variance))
+        self.num_steps += 1
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(_: object, x: Tensor) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: object, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    """Add what all processes of a distributed run have; alone, change nothing."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    total: Tensor = _SumOverProcesses.apply(x)
+    return total
+
+
+def build_head_norm(dim: int, kind: str) -> nn.Module:
+    """Build what stands between the pooled vectors and the classes."""
+    if kind not in ("layer", "batch"):
+        raise ValueError(f"head_norm is layer or batch; got {kind!r}")
+    return nn.LayerNorm(dim) if kind == "layer" else SequenceNorm(dim)
 
 
 def segment_softmax(
@@ -210,28 +363,64 @@ class FeatureStem(nn.Module):
 
 
 class ConvolutionStem(nn.Module):
-    """Embed symbols and look at `kernel` of them at a time; sequences do not see each other."""
+    """Embed symbols and look at `kernel` of them at a time; sequences do not see each other.
 
-    def __init__(self, num_symbols: int, dim: int, *, kernel: int = 11) -> None:
+    With a `stride`, a token is the mean of so many neighbours (of what is left, at the end).
+    """
+
+    def __init__(self, num_symbols: int, dim: int, *, kernel: int = 11, stride: int = 1) -> None:
         super().__init__()
         if kernel % 2 == 0:
             raise ValueError(f"kernel must be odd; got {kernel}")
-        self.num_symbols, self.margin = num_symbols, kernel // 2
+        if stride < 1:
+            raise ValueError(f"stride must be at least 1; got {stride}")
+        self.num_symbols, self.margin, self.stride = num_symbols, kernel // 2, stride
         self.convolution = nn.Conv1d(num_symbols, dim, kernel, padding=kernel // 2)
         self.project = nn.Sequential(nn.GELU(), nn.Linear(dim, dim))
 
     def forward(
         self, inputs: Shaped[Tensor, " T"], lengths: Int64[Tensor, " S"]
-    ) -> Float[Tensor, "T E"]:
+    ) -> Float[Tensor, "N E"]:
         """Turn symbols into tokens; zeros stand beyond both ends of a sequence."""
-        lengths = lengths.to(inputs.device)
-        segment = torch.arange(lengths.numel(), device=inputs.device).repeat_interleave(lengths)
+        sequence = torch.arange(lengths.numel(), device=inputs.device)
+        segment = sequence.repeat_interleave(lengths.to(inputs.device), output_size=inputs.shape[0])
         place = torch.arange(inputs.shape[0], device=inputs.device) + segment * self.margin
         total = inputs.shape[0] + lengths.numel() * self.margin
         dtype = self.convolution.weight.dtype
         spread = torch.zeros(self.num_symbols, total, dtype=dtype, device=inputs.device)
         spread[inputs.long(), place] = 1
-        return self.project(self.convolution(spread[None])[0, :, place].T)
+        seen = self.convolution(spread[None])[0, :, place].T
+        if self.stride == 1:
+            return self.project(seen)
+        activation, linear = self.project
+        return linear(_mean_of_neighbours(activation(seen), lengths, self.stride))
+
+
+def token_of_input(
+    lengths: Int64[Tensor, " S"], stride: int
+) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " N"]]:
+    """Say which token each input belongs to, and how many inputs each token has.
+
+    Tokens are `stride` neighbours of one sequence; the last token of a sequence has what is left.
+    """
+    tokens = -(-lengths // stride)
+    sequence = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
+    start, first = lengths.cumsum(0) - lengths, tokens.cumsum(0) - tokens
+    position = torch.arange(sequence.numel(), device=lengths.device) - start[sequence]
+    share = torch.full((int(tokens.sum()),), stride, device=lengths.device)
+    share[first + tokens - 1] = lengths - stride * (tokens - 1)
+    return first[sequence] + position // stride, share
+
+
+def _mean_of_neighbours(
+    x: Float[Tensor, "T E"], lengths: Int64[Tensor, " S"], stride: int
+) -> Float[Tensor, "N E"]:
+    owner, share = (item.to(x.device) for item in token_of_input(lengths, stride))
+    first = share.cumsum(0) - share
+    slot = torch.arange(x.shape[0], device=x.device) - first[owner] + owner * stride
+    # a place for each input, so that sums keep one order on every device
+    spread = x.new_zeros(share.numel() * stride, x.shape[1]).index_copy(0, slot, x)
+    return spread.view(share.numel(), stride, -1).sum(1) / share[:, None].to(x.dtype)
 
 
 def read_patterns(pattern: str | list[str] | None, depth: int) -> list[Pattern | None]:

@@ -69,6 +69,24 @@ def test_own_records_and_predictions_in_input_order(
     assert (ours[columns] - again[columns]).abs().to_numpy().max() < 1e-5
 
 
+def test_tokens_of_several_bases_and_a_standardised_head(
+    records: tuple[Path, Path], tmp_path: Path
+) -> None:
+    code = run(
+        "train", f"fasta={records[0]}", f"labels={records[1]}", f"out={tmp_path / 'run'}",
+        "stem_stride=3", "model.pooling=mean+max", "model.head_norm=batch", "baselines=[window]",
+        *QUICK,
+    )  # fmt: skip
+    assert code == 0
+    ckpt = tmp_path / "run" / "model.ckpt"
+    code = run("predict", f"fasta={records[0]}", f"ckpt={ckpt}", f"out={tmp_path / 'out'}")
+    assert code == 0
+    ours = pd.read_csv(tmp_path / "run" / "predictions.tsv", sep="\t").set_index("id")
+    again = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t").set_index("id")
+    columns = [column for column in ours if column.startswith("probability")]
+    assert (ours[columns] - again.loc[ours.index, columns]).abs().to_numpy().max() < 1e-5
+
+
 def test_partnerless_records_are_listed(
     records: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +283,9 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
         (["data.right_gap=[2,4]"], ["gaps must exceed"]),
         (["pattern.expression=SlidingWindow((2,3))"], ["2 radii", "1 axes"]),
         (["model.num_heads=3"], ["multiple of num_heads"]),
+        (["model.pooling=median"], ["attention, mean, max", "'median'"]),
+        (["model.head_norm=group"], ["layer or batch", "'group'"]),
+        (["stem_stride=0"], ["stride", "at least 1"]),
     ],
     ids=lambda x: x[0],
 )
