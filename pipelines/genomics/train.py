@@ -72,7 +72,7 @@ def train(config: dict[str, Any]) -> int:
         return 0
     table = _read_labels(labels, config)
     store = ingest(fasta, Path(config["store"] or out / "store"))
-    print(f"{len(store):,} records, {sum(store.lengths):,} bases; {store.counts}")
+    print(store.counts)
     study = _Study(config, settings, store, table, out)
     return study.run()
 

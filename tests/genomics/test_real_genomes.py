@@ -11,10 +11,13 @@ from Bio import SeqIO, bgzf
 
 from pipelines.genomics.alphabet import decode
 from pipelines.genomics.baseline import fit_kmer_baseline
-from pipelines.genomics.data import WindowDataset, match_labels
+from pipelines.genomics.data import WindowDataset, match_labels, read_label_table
+from pipelines.genomics.duplicates import find_copies
 from pipelines.genomics.genome import read_fasta
 from pipelines.genomics.store import ingest
 from pipelines.shared.errors import InputError
+from pipelines.shared.metrics import evaluate
+from pipelines.shared.splits import assign_splits
 
 pytestmark = pytest.mark.real_data
 
@@ -137,3 +140,80 @@ def test_words_tell_vertebrate_classes_in_seconds(mitochondria, tmp_path):
     )
     assert time.monotonic() - start < 10
     assert (prediction.predicted == targets[test]).mean() > 0.85
+
+
+COLUMNS = {"id": "record_id", "label": "class"}
+
+
+@pytest.fixture(scope="module")
+def pool(real_data, tmp_path_factory):
+    """The store of all 7,461 genomes."""
+    fasta = real_data / "genomes" / "mldsp_mito_pool.fasta.gz"
+    return ingest(fasta, tmp_path_factory.mktemp("pool") / "store")
+
+
+@pytest.fixture
+def vertebrates(genomes):
+    path = genomes / "mldsp_labels.tsv.gz"
+    return read_label_table(path, columns=COLUMNS, where={"task": "Vertebrates"})
+
+
+def test_the_vertebrate_task_is_read_as_it_comes(pool, vertebrates):
+    match = match_labels(pool, vertebrates)
+    assert (len(pool), pool.counts.bases) == (7_461, 188_580_938)
+    assert len(match.records) == len(vertebrates) == 4_322
+    assert match.unknown == ()
+    assert match.notes(filtered=True) == ["3,139 records are not asked for"]
+    assert vertebrates["label"].value_counts().to_dict() == {
+        "Amphibians": 290,
+        "Birds": 553,
+        "Fish": 2_313,
+        "Mammals": 874,
+        "Reptiles": 292,
+    }
+    assert pool.lengths[match.records].max() < 32_768
+
+
+def test_copies_stand_in_the_pool_and_not_in_the_task(pool, vertebrates):
+    everywhere = find_copies(pool, range(len(pool)))
+    assert [len(places) for places in everywhere] == [2] * 36
+    assert find_copies(pool, match_labels(pool, vertebrates).records) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ({"task": "Vertebrate"}, "did you mean 'Vertebrates'"),
+        ({"task": "Vertebrates", "class": "Insects"}, "'Fish' (2,313 rows), 'Mammals' (874 rows)"),
+        ({"kingdom": "Animals"}, "it has 'task', 'class'"),
+    ],
+)
+def test_what_the_real_table_does_not_hold_is_named(genomes, where, words):
+    with pytest.raises(InputError) as caught:
+        read_label_table(genomes / "mldsp_labels.tsv.gz", columns=COLUMNS, where=where)
+    assert words in str(caught.value)
+
+
+def test_words_of_whole_genomes_reach_the_known_figure(pool, vertebrates):
+    match = match_labels(pool, vertebrates)
+    rows = vertebrates.iloc[match.rows]
+    targets = pd.factorize(rows["label"], sort=True)[0]
+    ids = rows["id"].tolist()
+    splits = np.array(
+        assign_splits(
+            ids=ids, labels=rows["label"].tolist(), groups=ids, val_fraction=0.1, test_fraction=0.2
+        )
+    )
+    train, test = np.flatnonzero(splits == "train"), np.flatnonzero(splits == "test")
+    assert (len(train), len(test)) == (3_026, 865)
+    prediction = fit_kmer_baseline(
+        (pool.read(i) for i in match.records[train]),
+        targets[train],
+        (pool.read(i) for i in match.records[test]),
+        both_strands=False,
+    )
+    scores = evaluate(
+        targets[test], prediction.probabilities, groups=[ids[row] for row in test], resamples=10
+    )
+    assert scores["accuracy"].value > 0.99
+    assert scores["balanced_accuracy"].value > 0.98
