@@ -271,7 +271,7 @@ class SequenceNorm(nn.Module):
 
     def _measure(self, x: Float[Tensor, "S E"]) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
         """Take mean and variance over the sequences of all processes, and remember them."""
-        count = _sum_over_processes(x.new_tensor(float(len(x))))
+        count = _sum_over_processes(x.new_full((), len(x)))
         mean = _sum_over_processes(x.sum(0)) / count
         # in a second pass: the mean may exceed the spread a thousandfold
         variance = _sum_over_processes((x - mean).square().sum(0)) / count
