@@ -28,7 +28,7 @@ from sparse_core.patterns.terms import (
 )
 from sparse_core.schedule import make_schedule
 
-MIN_BLOCK, SMALL_BLOCK = 16, 32
+MIN_BLOCK, SMALL_BLOCK, BLOCK = 16, 32, 64
 MAX_PAIRS = 2**21
 """Above so many pairs of blocks, blocks grow instead."""
 TILE_PAIRS = 2**24
@@ -50,8 +50,8 @@ def build_layout(
     `query_coords` are integer coordinates, or a number of tokens whose coordinates count from 0 in
     each sequence. Without `key_coords` queries and keys are the same tokens. `segments` are the
     lengths of packed sequences, which never see each other; `key_segments` those of the keys.
-    `block_size` is chosen from the pattern if not given: 128 in one dimension, 64 in more, fewer
-    for small windows and short sequences, more where lists would outgrow 2**21 entries.
+    `block_size` is chosen from the pattern if not given: 64, fewer for small windows and short
+    sequences, more where lists would outgrow 2**21 entries.
 
     Cost is proportional to tokens plus stored blocks; memory likewise. Tokens that are near in
     coordinates should be near in order (a Hilbert curve on tissue), or many blocks are touched.
@@ -169,7 +169,7 @@ def _choose_block_size(clauses: list[Clause], query: Tokens, key: Tokens) -> int
     longest = max(_largest(query.length), _largest(key.length))
     reach = max((_reach(clause, dims) for clause in clauses if not _is_narrow(clause)), default=0)
     window = _power_of_two(reach // 2 + 1) if reach else UNBOUNDED
-    size = max(SMALL_BLOCK, min(128 if dims == 1 else 64, window))
+    size = max(SMALL_BLOCK, min(BLOCK, window))
     size = max(MIN_BLOCK, min(size, _power_of_two(longest)))
     while dims == 1 and (query.index.shape[0] // size) * (min(longest, reach) // size) > MAX_PAIRS:
         size *= 2
@@ -177,10 +177,14 @@ def _choose_block_size(clauses: list[Clause], query: Tokens, key: Tokens) -> int
 
 
 def _part_block_size(plan: _Plan, size: int, sides: _Sides) -> int:
-    """Do not make blocks larger than the tokens of a residue class."""
+    """Do not make blocks larger than the tokens of a residue class, nor lists too long."""
     stride = prod(term.stride for term in plan.classes)
     longest = max(_largest(sides.query.length), _largest(sides.key.length))
-    return max(MIN_BLOCK, min(size, _power_of_two(-(-longest // stride))))
+    members = -(-longest // stride)
+    reach = max((_reach(clause, 1) for clause in plan.residual()), default=UNBOUNDED)
+    while plan.classes and reach == UNBOUNDED and stride * (members // size) ** 2 > MAX_PAIRS:
+        size *= 2
+    return max(MIN_BLOCK, min(size, _power_of_two(members)))
 
 
 def _is_narrow(clause: Clause) -> bool:

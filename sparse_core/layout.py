@@ -230,9 +230,10 @@ def _with_parts(
     layout: BlockLayout, parts: tuple[Part, ...], **changes: Tensor | str
 ) -> BlockLayout:
     """Exchange the parts, and plan the work anew."""
-    changed: BlockLayout = replace(layout, parts=parts, **changes)
-    schedule = make_schedule(parts, changed.num_queries, changed.num_keys)
-    return replace(changed, schedule=schedule)
+    values = {f.name: getattr(layout, f.name) for f in fields(layout)} | changes
+    num_queries, num_keys = values["query_coords"].shape[0], values["key_coords"].shape[0]
+    schedule = make_schedule(parts, num_queries, num_keys)
+    return BlockLayout(**values | {"parts": parts, "schedule": schedule})
 
 
 def _major(lists: Lists) -> Int[Tensor, "Z"]:
@@ -342,7 +343,8 @@ def _shift_flags(part: Part, shift: int) -> Part:
 
 
 CONSTANTS = (
-    "stride", "size", "program", "pattern", "part_numbers", "affine", "num_slots", "num_states",
+    "stride", "size", "program", "pattern", "part_numbers", "affine", "regular", "own_regular",
+    "num_slots", "num_states",
     "complete", "fresh",
 )  # fmt: skip
 """Fields that are no tensors."""

@@ -290,8 +290,8 @@ def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
         numbers += [len(agenda.launches), agenda.num_states, agenda.complete, agenda.fresh]
         for launch in agenda.launches:
             tensors += [launch.items, launch.splits]
-            numbers += [launch.num_slots, len(launch.part_numbers)]
-            numbers += [*launch.part_numbers, *launch.affine]
+            numbers += [launch.num_slots, launch.own_regular, len(launch.part_numbers)]
+            numbers += [*launch.part_numbers, *launch.affine, *launch.regular]
     return tensors, [int(n) for n in numbers]
 
 
@@ -323,10 +323,13 @@ def _unflatten_agenda(flat: Iterator[Tensor], rest: Iterator[int]) -> Agenda:
     launches = []
     for _ in range(num_launches):
         items, splits = next(flat), next(flat)
-        num_slots, num_parts = next(rest), next(rest)
+        num_slots, own_regular, num_parts = (next(rest) for _ in range(3))
         part_numbers = tuple(next(rest) for _ in range(num_parts))
         affine = tuple(bool(next(rest)) for _ in range(num_parts))
-        launches.append(Launch(items, splits, part_numbers, affine, num_slots))
+        regular = tuple(bool(next(rest)) for _ in range(num_parts))
+        launches.append(
+            Launch(items, splits, part_numbers, affine, regular, bool(own_regular), num_slots)
+        )
     return Agenda(tuple(launches), state_of, num_states, bool(complete), bool(fresh))
 
 

@@ -32,13 +32,15 @@ class Launch:
     through the lists of all its parts. A piece of a split block goes to its slot; slot is -1 for a
     whole block. `splits` are (block, first slot, number of pieces). Where groups differ in number,
     the rest is filled with block -1. `affine` says of each part whether full blocks of any list
-    follow one another in memory.
+    follow one another in memory, `regular` whether its block b begins at token b * size.
     """
 
     items: Int[Tensor, "G I 4"]
     splits: Int[Tensor, "G K 3"]
     part_numbers: tuple[int, ...]
     affine: tuple[bool, ...]
+    regular: tuple[bool, ...]
+    own_regular: bool
     num_slots: int
 
 
@@ -136,7 +138,8 @@ def _launch(
     pieces = ((length + limit - 1) // limit).clamp(min=1)
     items, splits, num_slots = _items(length, pieces, limit)
     affine = tuple(_is_affine(x, b) for x, b in zip(lists, others, strict=True))
-    return Launch(items, splits, tuple(family), affine, num_slots)
+    regular = tuple(_is_regular(b) for b in others)
+    return Launch(items, splits, tuple(family), affine, regular, _is_regular(own), num_slots)
 
 
 def _item_length(
@@ -198,6 +201,12 @@ def _pad(rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"]) -> Int[Tensor, "
     padded = rows.new_full((per_group.numel(), widest, rows.shape[1]), -1)
     padded[group, place] = rows
     return padded
+
+
+def _is_regular(blocks: Blocks) -> bool:
+    expected = torch.arange(len(blocks), device=blocks.start.device) * blocks.size
+    plain = not blocks.order.numel() and blocks.stride == 1
+    return plain and torch.equal(blocks.start.long(), expected)
 
 
 def _is_affine(lists: "Lists", blocks: Blocks) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_core.building import build_layout
 from sparse_core.layout import BlockLayout
-from sparse_core.ops import Backend, sparse_attention
+from sparse_core.ops import Backend, Precision, sparse_attention
 from sparse_core.patterns import Pattern
 from sparse_core.reference import coordinate_distance, reference_attention
 
@@ -129,6 +129,7 @@ class Engine:
 
     backend: Backend
     device: str
+    precision: Precision = "ieee"
 
     def run(self, layout: BlockLayout, inputs: Inputs, *, plain: bool = False) -> dict[str, Tensor]:
         """Compute results and gradients there, and bring them back; `plain` leaves out biases."""
@@ -143,7 +144,7 @@ class Engine:
             found = sparse_attention(
                 q, k, v, moved,
                 key_bias=None if plain else bias, alibi_slopes=None if plain else slopes,
-                backend=self.backend, return_lse=True,
+                backend=self.backend, precision=self.precision, return_lse=True,
             )  # fmt: skip
             assert isinstance(found, tuple)
             return found

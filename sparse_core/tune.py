@@ -6,6 +6,7 @@ with the shipped table.
 """
 
 import argparse
+import importlib.metadata
 import os
 import statistics
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -20,14 +22,14 @@ from torch import Tensor
 
 from sparse_core.building import build_layout
 from sparse_core.layout import BlockLayout
-from sparse_core.ops import Precision, sparse_attention
+from sparse_core.ops import Precision
 from sparse_core.patterns import GlobalTokens, Pattern, RandomBlocks, SlidingWindow
 from sparse_core.testing import (
+    Engine,
     Inputs,
     assert_close,
     make_inputs,
     reference_results,
-    run_with_gradients,
 )
 
 SMALL = 640
@@ -105,8 +107,8 @@ def main() -> int:
 def _versions() -> str:
     from sparse_core.kernels import tuning
 
-    version = tuning.triton.__version__
-    return f"torch {torch.__version__}, triton {version}, ptxas {tuning.ptxas_version()}"
+    triton = importlib.metadata.version("triton")
+    return f"torch {torch.__version__}, triton {triton}, ptxas {tuning.ptxas_version()}"
 
 
 def _trials(dtype: str, head_dim: int, case: str) -> list[Trial]:
@@ -142,25 +144,20 @@ def check(trial: Trial) -> str | None:
     dtype, precision = CLASSES[trial.dtype]
     pattern = CASES[trial.case][0]
     block = 128 if trial.case != "small/short" else 32
-    layout = build_layout(pattern, SMALL, block_size=block, device="cuda")
+    layout = build_layout(pattern, SMALL, block_size=block)
     host = make_inputs(SMALL, heads=2, head_dim=trial.head_dim, dtype=dtype)
-    inputs = Inputs(*(getattr(host, name).cuda() for name in Inputs.__dataclass_fields__))
     try:
+        engine = Engine("triton", "cuda", precision)
         with _forcing(trial):
-            found = run_with_gradients(
-                lambda q, k, v, bias, slopes: sparse_attention(
-                    q, k, v, layout, backend="triton", precision=precision, return_lse=True
-                ),
-                inputs,
-            )
-        plain = {name: x.cpu() for name, x in found.items() if not name.startswith(("dkey", "dal"))}
+            found = engine.run(layout, host, plain=True)
+        plain = _without_bias(found)
         mask = pattern.mask(SMALL)
         none = torch.zeros(SMALL, SMALL, dtype=torch.float64)
         exact = _without_bias(reference_results(_no_bias(host), mask, none))
         if precision == "tf32":
             return _far(plain, exact, 5e-3)
         assert_close(plain, exact, host)
-    except Exception as error:  # noqa: BLE001 - a candidate may fail in any way, and is then out
+    except Exception as error:  # a candidate may fail in any way, and is then out
         return f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
     return None
 
@@ -201,15 +198,19 @@ def _time(trial: Trial) -> float:
     heads = max(1, 768 // trial.head_dim)
     shape = (1, layout.num_queries, heads, trial.head_dim)
     q, k, v, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4))
-    extras = {"key_bias": None, "alibi_slopes": None, "precision": precision}
     scale = trial.head_dim**-0.5
+    forward = partial(
+        engine.forward, q, k, v, layout,
+        scale=scale, key_bias=None, alibi_slopes=None, precision=precision,
+    )  # fmt: skip
     with _forcing(trial):
         if trial.kernel == "forward":
-            return _median(lambda: engine.forward(q, k, v, layout, scale=scale, **extras))
-        out, lse = engine.forward(q, k, v, layout, scale=scale, **extras)
+            return _median(forward)
+        out, lse = forward()
         call = engine.Backward(
             q=q, k=k, v=v, grad_out=grad, out=out, lse=lse, grad_lse=torch.zeros_like(lse),
-            delta=torch.zeros_like(lse), layout=layout, scale=scale, **extras,
+            key_bias=None, alibi_slopes=None, delta=torch.zeros_like(lse), layout=layout,
+            scale=scale, precision=precision,
         )  # fmt: skip
         return _median(call.by_queries if trial.kernel == "query" else call.by_keys)
 

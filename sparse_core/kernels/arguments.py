@@ -18,7 +18,7 @@ class Own(NamedTuple):
     """The blocks of a kernel's own side."""
 
     start: Tensor
-    count: Tensor
+    counts: Tensor
     order: Tensor
     size: int
     stride: int
@@ -29,10 +29,10 @@ class Other(NamedTuple):
 
     ptr: Tensor
     full: Tensor
-    index: Tensor
+    indices: Tensor
     tile: Tensor
     start: Tensor
-    count: Tensor
+    counts: Tensor
     order: Tensor
     bits: Tensor
     size: int
@@ -50,6 +50,7 @@ class Meta(NamedTuple):
     small: int
     ragged: bool
     indexed: bool
+    regular: bool
     affine: bool
     bits: bool
     num_own: int
@@ -67,17 +68,19 @@ def other_side(
 ) -> tuple[tuple[Other, ...], tuple[tuple[int, ...], ...], tuple[Meta, ...]]:
     """Describe each part of a launch for tiles of `tile` tokens: pointers, numbers, constants."""
     others, numbers, metas = [], [], []
-    for number, affine in zip(launch.part_numbers, launch.affine, strict=True):
+    runs = zip(launch.part_numbers, launch.affine, launch.regular, strict=True)
+    for number, affine, regular in runs:
         part = layout.parts[number]
         others.append(_other(part, side))
         clauses, values = _clauses(part.program)
-        numbers.append(values)
         blocks = part.keys if side == "queries" else part.queries
+        numbers.append((layout.num_keys if side == "queries" else layout.num_queries, *values))
         metas.append(
             Meta(
                 small=blocks.size if blocks.size < tile else 0,
                 ragged=blocks.size % tile != 0,
                 indexed=blocks.order.numel() > 0,
+                regular=regular,
                 affine=affine,
                 bits=not part.program,
                 num_own=part.program[0] if part.program else 0,
@@ -113,16 +116,19 @@ def _other(part: Part, side: Side) -> Other:
 def _clauses(
     program: Program,
 ) -> tuple[tuple[tuple[tuple[int, int, int], ...], ...], tuple[int, ...]]:
-    """Part a program into its form, which is compiled, and its numbers, which are not."""
+    """Part a program into its form, which is compiled, and its numbers, which are not.
+
+    The numbers stand behind one other, the number of tokens.
+    """
     if not program:
-        return (), (0,)
+        return (), ()
     own, earlier = decode(program)
     values: list[int] = []
     clauses = []
     for clause in own + earlier:
         terms = []
         for code, a, b, c in clause:
-            terms.append((code, a if code in (INTERVAL, CONGRUENT) else 0, len(values)))
+            terms.append((code, a if code in (INTERVAL, CONGRUENT) else 0, 1 + len(values)))
             values += [b, c] if code in (INTERVAL, CONGRUENT) else [a]
         clauses.append(tuple(terms))
-    return tuple(clauses), tuple(values) or (0,)
+    return tuple(clauses), tuple(values)

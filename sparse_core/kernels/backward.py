@@ -20,6 +20,7 @@ from sparse_core.kernels.tiles import (
     other_tokens,
     own_tokens,
     ragged,
+    run_start,
     store_rows,
 )
 
@@ -64,26 +65,33 @@ def query_steps(
     """Add what the list entries first to last - 1 of one part give to dQ."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
+    start = run_start(part, META, S, first, last)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
-        tokens, exists, entry, inner = other_tokens(part, META, S, first, last, tile, AFFINE, BLOCK)
-        k1 = load_rows(k, tokens, stride_k, exists, D, 0, D1, CHECK)
-        v1 = load_rows(v, tokens, stride_v, exists, D, 0, D1, CHECK)
+        origin, lanes, exists, entry, inner = other_tokens(
+            part, numbers, META, S, first, last, start, tile, AFFINE, BLOCK
+        )
+        tokens = origin + lanes
+        k1 = load_rows(k, origin, lanes, stride_k, exists, D, 0, D1, CHECK)
+        v1 = load_rows(v, origin, lanes, stride_v, exists, D, 0, D1, CHECK)
         scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         slopes = tl.dot(do1, tl.trans(v1), input_precision=PRECISION)
         k2 = k1
         if D2 > 0:
-            k2 = load_rows(k, tokens, stride_k, exists, D, D1, D2, CHECK)
-            v2 = load_rows(v, tokens, stride_v, exists, D, D1, D2, CHECK)
+            k2 = load_rows(k, origin, lanes, stride_k, exists, D, D1, D2, CHECK)
+            v2 = load_rows(v, origin, lanes, stride_v, exists, D, D1, D2, CHECK)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
             slopes = tl.dot(do2, tl.trans(v2), slopes, input_precision=PRECISION)
-        scores = scores * scale_log2
+        scale = scale_log2
+        if key_bias is not None or slope is not None:
+            scores = scores * scale_log2
+            scale = 1.0
         other_coords = load_coords(key_coords, tokens, exists, P)
         if key_bias is not None:
             bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
             scores += (bias * LOG2_E)[None, :]
         if slope is not None:
             scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
-        weights = tl.math.exp2(scores - row_lse[:, None])
+        weights = tl.math.exp2(scores * scale - row_lse[:, None])
         if MASKED:
             other_flags = tl.load(key_flags + tokens, mask=exists, other=0)
             kept = kept_pairs(
@@ -159,6 +167,7 @@ def query_kernel(
     META: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     OWN_INDEXED: tl.constexpr,
+    OWN_REGULAR: tl.constexpr,
     FINAL: tl.constexpr,
     PRIOR: tl.constexpr,
     D: tl.constexpr,
@@ -183,7 +192,9 @@ def query_kernel(
     slot = tl.load(items + item * 4 + 3)
     if block < 0:
         return
-    tokens, exists, own_inner = own_tokens(own, block, tile, OWN_INDEXED, BLOCK_OWN)
+    tokens, exists, own_inner = own_tokens(
+        own, block, tile, num_queries, OWN_INDEXED, OWN_REGULAR, BLOCK_OWN
+    )
     line = sample * num_heads + head
     q += sample * stride_qb + head * stride_qh.to(tl.int64)
     k += sample * stride_kb + kv_head * stride_kh.to(tl.int64)
@@ -195,17 +206,17 @@ def query_kernel(
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32)
-    q1 = load_rows(q, tokens, stride_qt, exists, D, 0, D1, True)
-    do1 = load_rows(grad_out, tokens, stride_gt, exists, D, 0, D1, True)
-    o1 = load_rows(out, tokens, num_heads * D, exists, D, 0, D1, True)
+    q1 = load_rows(q, 0, tokens, stride_qt, exists, D, 0, D1, True)
+    do1 = load_rows(grad_out, 0, tokens, stride_gt, exists, D, 0, D1, True)
+    o1 = load_rows(out, 0, tokens, num_heads * D, exists, D, 0, D1, True)
     row_delta = tl.sum(o1.to(tl.float32) * do1.to(tl.float32), 1)
     q2, do2 = q1, do1
     dq1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
     dq2 = dq1
     if D2 > 0:
-        q2 = load_rows(q, tokens, stride_qt, exists, D, D1, D2, True)
-        do2 = load_rows(grad_out, tokens, stride_gt, exists, D, D1, D2, True)
-        o2 = load_rows(out, tokens, num_heads * D, exists, D, D1, D2, True)
+        q2 = load_rows(q, 0, tokens, stride_qt, exists, D, D1, D2, True)
+        do2 = load_rows(grad_out, 0, tokens, stride_gt, exists, D, D1, D2, True)
+        o2 = load_rows(out, 0, tokens, num_heads * D, exists, D, D1, D2, True)
         row_delta += tl.sum(o2.to(tl.float32) * do2.to(tl.float32), 1)
         dq2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
     rows = line * num_queries + tokens
@@ -251,9 +262,9 @@ def query_kernel(
             store_rows(partial, own_inner, D, exists, dq2, D, D1, D2)
         return
     if PRIOR:
-        dq1 += load_rows(state, places, D, known, D, 0, D1, True)
+        dq1 += load_rows(state, 0, places, D, known, D, 0, D1, True)
         if D2 > 0:
-            dq2 += load_rows(state, places, D, known, D, D1, D2, True)
+            dq2 += load_rows(state, 0, places, D, known, D, D1, D2, True)
     if FINAL:
         grad_q += (sample * num_queries * num_heads + head) * D
         store_rows(grad_q, tokens, num_heads * D, exists, dq1, D, 0, D1)
@@ -307,19 +318,26 @@ def key_steps(
     """Add what the list entries first to last - 1 of one part give to dK and dV."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
+    start = run_start(part, META, S, first, last)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
-        tokens, exists, entry, inner = other_tokens(part, META, S, first, last, tile, AFFINE, BLOCK)
-        q1 = load_rows(q, tokens, stride_q, exists, D, 0, D1, CHECK)
-        do1 = load_rows(grad_out, tokens, stride_g, exists, D, 0, D1, CHECK)
+        origin, lanes, exists, entry, inner = other_tokens(
+            part, numbers, META, S, first, last, start, tile, AFFINE, BLOCK
+        )
+        tokens = origin + lanes
+        q1 = load_rows(q, origin, lanes, stride_q, exists, D, 0, D1, CHECK)
+        do1 = load_rows(grad_out, origin, lanes, stride_g, exists, D, 0, D1, CHECK)
         scores = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
         slopes = tl.dot(v1, tl.trans(do1), input_precision=PRECISION)
         q2, do2 = q1, do1
         if D2 > 0:
-            q2 = load_rows(q, tokens, stride_q, exists, D, D1, D2, CHECK)
-            do2 = load_rows(grad_out, tokens, stride_g, exists, D, D1, D2, CHECK)
+            q2 = load_rows(q, origin, lanes, stride_q, exists, D, D1, D2, CHECK)
+            do2 = load_rows(grad_out, origin, lanes, stride_g, exists, D, D1, D2, CHECK)
             scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
             slopes = tl.dot(v2, tl.trans(do2), slopes, input_precision=PRECISION)
-        scores = scores * scale_log2
+        scale = scale_log2
+        if own_bias is not None or slope is not None:
+            scores = scores * scale_log2
+            scale = 1.0
         other_coords = load_coords(query_coords, tokens, exists, P)
         if own_bias is not None:
             scores += own_bias[:, None]
@@ -328,7 +346,7 @@ def key_steps(
         row_lse = tl.load(lse + tokens, mask=exists, other=-float("inf"))
         row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
         row_delta = tl.load(delta + tokens, mask=exists, other=0.0)
-        weights = tl.math.exp2(scores - row_lse[None, :])
+        weights = tl.math.exp2(scores * scale - row_lse[None, :])
         if MASKED:
             other_flags = tl.load(query_flags + tokens, mask=exists, other=0)
             kept = kept_pairs(
@@ -407,6 +425,7 @@ def key_kernel(
     META: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     OWN_INDEXED: tl.constexpr,
+    OWN_REGULAR: tl.constexpr,
     FINAL: tl.constexpr,
     PRIOR: tl.constexpr,
     D: tl.constexpr,
@@ -434,7 +453,9 @@ def key_kernel(
     slot = tl.load(items + item * 4 + 3)
     if block < 0:
         return
-    tokens, exists, own_inner = own_tokens(own, block, tile, OWN_INDEXED, BLOCK_OWN)
+    tokens, exists, own_inner = own_tokens(
+        own, block, tile, num_keys, OWN_INDEXED, OWN_REGULAR, BLOCK_OWN
+    )
     line = sample * num_heads + head
     q += sample * stride_qb + head * stride_qh.to(tl.int64)
     k += sample * stride_kb + kv_head * stride_kh.to(tl.int64)
@@ -447,15 +468,15 @@ def key_kernel(
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32)
-    k1 = load_rows(k, tokens, stride_kt, exists, D, 0, D1, True)
-    v1 = load_rows(v, tokens, stride_vt, exists, D, 0, D1, True)
+    k1 = load_rows(k, 0, tokens, stride_kt, exists, D, 0, D1, True)
+    v1 = load_rows(v, 0, tokens, stride_vt, exists, D, 0, D1, True)
     k2, v2 = k1, v1
     dk1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
     dv1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
     dk2, dv2 = dk1, dv1
     if D2 > 0:
-        k2 = load_rows(k, tokens, stride_kt, exists, D, D1, D2, True)
-        v2 = load_rows(v, tokens, stride_vt, exists, D, D1, D2, True)
+        k2 = load_rows(k, 0, tokens, stride_kt, exists, D, D1, D2, True)
+        v2 = load_rows(v, 0, tokens, stride_vt, exists, D, D1, D2, True)
         dk2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
         dv2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
     places, known = tokens, exists
@@ -498,11 +519,11 @@ def key_kernel(
         return
     states = line * num_states
     if PRIOR:
-        dk1 += load_rows(state_k + states * D, places, D, known, D, 0, D1, True)
-        dv1 += load_rows(state_v + states * D, places, D, known, D, 0, D1, True)
+        dk1 += load_rows(state_k + states * D, 0, places, D, known, D, 0, D1, True)
+        dv1 += load_rows(state_v + states * D, 0, places, D, known, D, 0, D1, True)
         if D2 > 0:
-            dk2 += load_rows(state_k + states * D, places, D, known, D, D1, D2, True)
-            dv2 += load_rows(state_v + states * D, places, D, known, D, D1, D2, True)
+            dk2 += load_rows(state_k + states * D, 0, places, D, known, D, D1, D2, True)
+            dv2 += load_rows(state_v + states * D, 0, places, D, known, D, D1, D2, True)
         if own_bias is not None:
             dbias += tl.load(state_bias + states + places, mask=known, other=0.0)
     if FINAL:

@@ -33,6 +33,7 @@ def combine_kernel(
     stride_h: tl.int64,
     WEIGHTED: tl.constexpr,
     OWN_INDEXED: tl.constexpr,
+    OWN_REGULAR: tl.constexpr,
     FINAL: tl.constexpr,
     PRIOR: tl.constexpr,
     D: tl.constexpr,
@@ -55,7 +56,9 @@ def combine_kernel(
     slot, pieces = tl.load(splits + split * 3 + 1), tl.load(splits + split * 3 + 2)
     if block < 0:
         return
-    tokens, exists, inner = own_tokens(own, block, tile, OWN_INDEXED, BLOCK)
+    tokens, exists, inner = own_tokens(
+        own, block, tile, num_tokens, OWN_INDEXED, OWN_REGULAR, BLOCK
+    )
     line = sample * num_heads + head
     states = line * num_states
     places, known = tokens, exists
@@ -70,17 +73,17 @@ def combine_kernel(
     if D2 > 0:
         acc2 = tl.zeros((BLOCK, D2), tl.float32)
     if PRIOR:
-        acc1 = load_rows(state + states * D, places, D, known, D, 0, D1, True)
+        acc1 = load_rows(state + states * D, 0, places, D, known, D, 0, D1, True)
         if D2 > 0:
-            acc2 = load_rows(state + states * D, places, D, known, D, D1, D2, True)
+            acc2 = load_rows(state + states * D, 0, places, D, known, D, D1, D2, True)
         if vector is not None:
             joined = tl.load(state_vector + states + places, mask=known, other=EMPTY)
     for piece in range(0, pieces):
         rows = (line * num_slots + slot + piece) * own.size
-        more1 = load_rows(partial + rows * D, inner, D, exists, D, 0, D1, True)
+        more1 = load_rows(partial + rows * D, 0, inner, D, exists, D, 0, D1, True)
         more2 = more1
         if D2 > 0:
-            more2 = load_rows(partial + rows * D, inner, D, exists, D, D1, D2, True)
+            more2 = load_rows(partial + rows * D, 0, inner, D, exists, D, D1, D2, True)
         if WEIGHTED:
             more_lse = tl.load(partial_vector + rows + inner, mask=exists, other=EMPTY)
             largest = tl.maximum(joined, more_lse)

@@ -52,6 +52,8 @@ def forward(
 ) -> tuple[Float[Tensor, "B Tq H D"], Float[Tensor, "B H Tq"]]:
     """Compute output and log-sum-exp."""
     q, k, v = _with_channels_inside(q, k, v)
+    if scale <= 0:  # the kernel takes the maximum before it multiplies
+        q, scale = -q, max(-scale, 1e-30)
     batch, queries, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
@@ -247,6 +249,7 @@ class _Step:
         first, second = split_head_dim(q.shape[3])
         return {
             "OWN_INDEXED": self.own.order.numel() > 0,
+            "OWN_REGULAR": self.launch.own_regular,
             "FINAL": self.final,
             "PRIOR": self.prior,
             "D": q.shape[3],
@@ -282,7 +285,8 @@ class _Step:
             splits, self.group_of, self.own, tokens, self.agenda.num_states,
             self.launch.num_slots, splits.shape[1], self.own_tiles(tile),
             heads // groups[1] if groups[1] else 1, out.stride(0), out.stride(1), out.stride(2),
-            WEIGHTED=weighted, OWN_INDEXED=self.own.order.numel() > 0, FINAL=self.final,
+            WEIGHTED=weighted, OWN_INDEXED=self.own.order.numel() > 0,
+            OWN_REGULAR=self.launch.own_regular, FINAL=self.final,
             PRIOR=self.prior, D=head_dim, D1=first, D2=second, BLOCK=tile,
         )  # fmt: skip
 

@@ -16,21 +16,23 @@ from sparse_core.kernels.tiles import (
     other_tokens,
     own_tokens,
     ragged,
+    run_start,
     store_rows,
 )
 
 
 @triton.jit
-def softmax_step(scores, largest, total, SAFE: tl.constexpr):
+def softmax_step(scores, scale, largest, total, SAFE: tl.constexpr):
     """One step of the online softmax in base 2: weights, new maximum and sum, and the old's share.
 
-    `SAFE` says that a row may hold nothing but -inf.
+    `scale` is above 0; it multiplies the scores within the exponent's one multiply-add. `SAFE` says
+    that a row may hold nothing but -inf.
     """
-    joined = tl.maximum(largest, tl.max(scores, 1))
+    joined = tl.maximum(largest, tl.max(scores, 1) * scale)
     shift = joined
     if SAFE:
         shift = tl.where(joined == -float("inf"), 0.0, joined)
-    weights = tl.math.exp2(scores - shift[:, None])
+    weights = tl.math.exp2(scores * scale - shift[:, None])
     share = tl.math.exp2(largest - shift)
     return weights, joined, total * share + tl.sum(weights, 1), share
 
@@ -72,14 +74,21 @@ def attend(
     """Take the list entries first to last - 1 of one part into the running softmax."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
+    start = run_start(part, META, S, first, last)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
-        tokens, exists, entry, inner = other_tokens(part, META, S, first, last, tile, AFFINE, BLOCK)
-        k1 = load_rows(k, tokens, stride_k, exists, D, 0, D1, CHECK)
+        origin, lanes, exists, entry, inner = other_tokens(
+            part, numbers, META, S, first, last, start, tile, AFFINE, BLOCK
+        )
+        tokens = origin + lanes
+        k1 = load_rows(k, origin, lanes, stride_k, exists, D, 0, D1, CHECK)
         scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         if D2 > 0:
-            k2 = load_rows(k, tokens, stride_k, exists, D, D1, D2, CHECK)
+            k2 = load_rows(k, origin, lanes, stride_k, exists, D, D1, D2, CHECK)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
-        scores = scores * scale_log2
+        scale = scale_log2
+        if key_bias is not None or slope is not None:
+            scores = scores * scale_log2
+            scale = 1.0
         other_coords = load_coords(key_coords, tokens, exists, P)
         if key_bias is not None:
             bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
@@ -96,13 +105,13 @@ def attend(
         elif CHECK:
             scores = tl.where(exists[None, :], scores, -float("inf"))
         weights, largest, total, share = softmax_step(
-            scores, largest, total, CHECK or key_bias is not None
+            scores, scale, largest, total, CHECK or key_bias is not None
         )
-        v1 = load_rows(v, tokens, stride_v, exists, D, 0, D1, CHECK)
+        v1 = load_rows(v, origin, lanes, stride_v, exists, D, 0, D1, CHECK)
         weights = weights.to(v1.dtype)
         acc1 = tl.dot(weights, v1, acc1 * share[:, None], input_precision=PRECISION)
         if D2 > 0:
-            v2 = load_rows(v, tokens, stride_v, exists, D, D1, D2, CHECK)
+            v2 = load_rows(v, origin, lanes, stride_v, exists, D, D1, D2, CHECK)
             acc2 = tl.dot(weights, v2, acc2 * share[:, None], input_precision=PRECISION)
     return acc1, acc2, largest, total
 
@@ -156,6 +165,7 @@ def forward_kernel(
     META: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     OWN_INDEXED: tl.constexpr,
+    OWN_REGULAR: tl.constexpr,
     FINAL: tl.constexpr,
     PRIOR: tl.constexpr,
     D: tl.constexpr,
@@ -184,7 +194,9 @@ def forward_kernel(
     slot = tl.load(items + item * 4 + 3)
     if block < 0:
         return
-    tokens, exists, own_inner = own_tokens(own, block, tile, OWN_INDEXED, BLOCK_OWN)
+    tokens, exists, own_inner = own_tokens(
+        own, block, tile, num_queries, OWN_INDEXED, OWN_REGULAR, BLOCK_OWN
+    )
     row = (sample * num_heads + head) * num_queries
     q += sample * stride_qb + head * stride_qh.to(tl.int64)
     k += sample * stride_kb + kv_head * stride_kh.to(tl.int64)
@@ -194,12 +206,12 @@ def forward_kernel(
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32)
-    q1 = load_rows(q, tokens, stride_qt, exists, D, 0, D1, True)
+    q1 = load_rows(q, 0, tokens, stride_qt, exists, D, 0, D1, True)
     q2 = q1
     acc1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
     acc2 = acc1
     if D2 > 0:
-        q2 = load_rows(q, tokens, stride_qt, exists, D, D1, D2, True)
+        q2 = load_rows(q, 0, tokens, stride_qt, exists, D, D1, D2, True)
         acc2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
     largest = tl.full((BLOCK_OWN,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_OWN,), tl.float32)
@@ -214,9 +226,9 @@ def forward_kernel(
         largest = tl.load(state_lse + states + places, mask=known_here, other=-float("inf"))
         total = tl.where(largest > -float("inf"), 1.0, 0.0)
         largest = largest * LOG2_E
-        acc1 = load_rows(state + states * D, places, D, known_here, D, 0, D1, True)
+        acc1 = load_rows(state + states * D, 0, places, D, known_here, D, 0, D1, True)
         if D2 > 0:
-            acc2 = load_rows(state + states * D, places, D, known_here, D, D1, D2, True)
+            acc2 = load_rows(state + states * D, 0, places, D, known_here, D, D1, D2, True)
     own_coords = load_coords(query_coords, tokens, exists, P)
     own_flags = tl.load(query_flags + tokens, mask=exists, other=0)
     passed = 0

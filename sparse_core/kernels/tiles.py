@@ -41,6 +41,12 @@ def affine(meta, s):
 
 
 @triton.constexpr_function
+def regular(meta, s):
+    """Whether block b begins at token b * size."""
+    return meta[s].regular
+
+
+@triton.constexpr_function
 def has_bits(meta, s):
     """Whether partial blocks are masked by tiles of bits."""
     return meta[s].bits
@@ -89,11 +95,24 @@ def speaks_of_own(meta, s, c, t, own_is_query):
 
 
 @triton.jit
-def own_tokens(own, block, tile, OWN_INDEXED: tl.constexpr, BLOCK: tl.constexpr):
+def own_tokens(
+    own,
+    block,
+    tile,
+    num_tokens,
+    OWN_INDEXED: tl.constexpr,
+    OWN_REGULAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Tokens [BLOCK] of a tile of an own block, which exist, and their places in the block."""
     inner = tile * BLOCK + tl.arange(0, BLOCK)
-    exists = inner < tl.load(own.count + block)
-    position = tl.load(own.start + block) + inner * own.stride
+    if OWN_REGULAR:
+        start = block * own.size
+        count = tl.minimum(num_tokens - start, own.size)
+    else:
+        start, count = tl.load(own.start + block), tl.load(own.counts + block)
+    exists = inner < count
+    position = start + inner * own.stride
     if OWN_INDEXED:
         return tl.load(own.order + position, mask=exists, other=0), exists, inner
     else:
@@ -120,49 +139,87 @@ def num_tiles(
 
 
 @triton.jit
+def block_start(part, META: tl.constexpr, S: tl.constexpr, block, valid):
+    """Where blocks of the other side begin."""
+    if regular(META, S):
+        return block * part.size
+    else:
+        return tl.load(part.start + block, mask=valid, other=0)
+
+
+@triton.jit
+def block_count(part, numbers, META: tl.constexpr, S: tl.constexpr, block, valid):
+    """How many tokens blocks of the other side have."""
+    if regular(META, S):
+        return tl.minimum(numbers[0] - block * part.size, part.size)
+    else:
+        return tl.load(part.counts + block, mask=valid, other=0)
+
+
+@triton.jit
+def run_start(part, META: tl.constexpr, S: tl.constexpr, first, last):
+    """Where the run of full blocks begins that the list entries first to last - 1 name."""
+    some = first < last
+    block = tl.load(part.indices + first, mask=some, other=0)
+    return block_start(part, META, S, block, some)
+
+
+@triton.jit
 def other_tokens(
     part,
+    numbers,
     META: tl.constexpr,
     S: tl.constexpr,
     first,
     last,
+    start,
     tile,
     AFFINE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Tokens [BLOCK] of a tile of the other side, which exist, their entries and places."""
+    """Find a tile of the other side: tokens are origin + lanes, [BLOCK].
+
+    Also which exist, their list entries, and their places in their blocks. Where a tile lies in one
+    block, origin is a number and lanes stay the same from tile to tile.
+    """
     lane = tl.arange(0, BLOCK)
     if AFFINE:
         entry = first + tl.zeros_like(lane)
         inner = tile * BLOCK + lane
-        position = tl.load(part.start + tl.load(part.index + first)) + inner * part.stride
+        origin = start + tile * (BLOCK * part.stride)
+        lanes = lane * part.stride
         exists = inner < (last - first) * part.size
     elif small(META, S) > 0:
         per_tile = BLOCK // small(META, S)
         entry = first + tile * per_tile + lane // small(META, S)
         inner = lane % small(META, S)
         valid = (entry < last) & (lane < per_tile * small(META, S))
-        block = tl.load(part.index + entry, mask=valid, other=0)
-        position = tl.load(part.start + block, mask=valid, other=0) + inner * part.stride
-        exists = inner < tl.load(part.count + block, mask=valid, other=0)
+        block = tl.load(part.indices + entry, mask=valid, other=0)
+        origin = tile * 0
+        lanes = block_start(part, META, S, block, valid) + inner * part.stride
+        exists = valid & (inner < block_count(part, numbers, META, S, block, valid))
     else:
         tiles = tl.cdiv(part.size, BLOCK)
         which = first + tile // tiles
         entry = which + tl.zeros_like(lane)
-        inner = (tile % tiles) * BLOCK + lane
-        block = tl.load(part.index + which)
-        position = tl.load(part.start + block) + inner * part.stride
-        exists = inner < tl.load(part.count + block)
+        step = (tile % tiles) * BLOCK
+        inner = step + lane
+        block = tl.load(part.indices + which)
+        origin = block_start(part, META, S, block, True) + step * part.stride
+        lanes = lane * part.stride
+        exists = inner < block_count(part, numbers, META, S, block, True)
     if indexed(META, S):
-        return tl.load(part.order + position, mask=exists, other=0), exists, entry, inner
+        lanes = tl.load(part.order + origin + lanes, mask=exists, other=0)
+        return tile * 0, lanes, exists, entry, inner
     else:
-        return position, exists, entry, inner
+        return origin, lanes, exists, entry, inner
 
 
 @triton.jit
 def load_rows(
     base,
-    tokens,
+    origin,
+    lanes,
     stride,
     exists,
     D: tl.constexpr,
@@ -170,10 +227,11 @@ def load_rows(
     WIDTH: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Channels FIRST to FIRST + WIDTH of these tokens, [BLOCK, WIDTH]; zeros beyond."""
+    """Channels FIRST to FIRST + WIDTH of tokens origin + lanes, [BLOCK, WIDTH]; zeros beyond."""
     channel = FIRST + tl.arange(0, WIDTH)
     # offsets exceed int32 beyond 2**31 elements
-    pointers = base + tokens.to(tl.int64)[:, None] * stride + channel[None, :]
+    offsets = lanes.to(tl.int64)[:, None] * stride + channel[None, :]
+    pointers = base + tl.cast(origin, tl.int64) * stride + offsets
     if FIRST + WIDTH > D:
         inside = channel[None, :] < D
         if CHECK:
@@ -210,7 +268,8 @@ def load_coords(coords, tokens, exists, P: tl.constexpr):
     """Coordinates of these tokens: a tuple of P vectors."""
     found = ()
     for a in tl.static_range(P):
-        found = found + (tl.load(coords + tokens.to(tl.int64) * P + a, mask=exists, other=0),)
+        axis_coords = tl.load(coords + tokens.to(tl.int64) * P + a, mask=exists, other=0)
+        found = found + (axis_coords,)  # type: ignore[assignment]
     return found
 
 
@@ -255,7 +314,10 @@ def term_holds(
         step = difference(
             own_coords[axis(META, S, C, T)], other_coords[axis(META, S, C, T)], OWN_IS_QUERY
         )
-        return (step >= numbers[place(META, S, C, T)]) & (step <= numbers[place(META, S, C, T) + 1])
+        # one comparison: differences below `low` wrap around to large unsigned numbers
+        low, high = numbers[place(META, S, C, T)], numbers[place(META, S, C, T) + 1]
+        span = tl.cast(high - low, tl.uint32, bitcast=True)
+        return (step - low).to(tl.uint32, bitcast=True) <= span
     elif code(META, S, C, T) == CONGRUENT_CODE:
         block, stride = numbers[place(META, S, C, T)], numbers[place(META, S, C, T) + 1]
         mine = residue(own_coords[axis(META, S, C, T)], block, stride)

@@ -229,13 +229,14 @@ _WIDE: dict[Kernel, tuple[Config, ...]] = {
     "query": (Config(64, 32, 4, 1), Config(64, 32, 8, 2)),
     "key": (Config(64, 32, 8, 1), Config(64, 16, 8, 2)),
 }
-_SINGLE: dict[Kernel, tuple[Config, ...]] = {
-    kernel: (Config(32, 32, 4, 1), Config(32, 16, 4, 1)) for kernel in KERNELS
-}
+_SINGLE: tuple[Config, ...] = (Config(32, 32, 4, 1), Config(32, 16, 4, 1))
+_SINGLE_WIDE: tuple[Config, ...] = (Config(16, 16, 4, 1), Config(32, 16, 8, 1))
 
 CANDIDATES: dict[tuple[str, str, int], tuple[Config, ...]] = {
     (kernel, dtype, head_dim): (
-        _SINGLE[kernel] if dtype != "half" else _HALF[kernel] if head_dim < 256 else _WIDE[kernel]
+        (_HALF if head_dim < 256 else _WIDE)[kernel]
+        if dtype == "half"
+        else (_SINGLE if head_dim < 256 else _SINGLE_WIDE)
     )
     for kernel in KERNELS
     for dtype in ("half", "ieee", "tf32")
