@@ -82,7 +82,7 @@ def build_layout(
     parts = tuple(layout_parts)
     return BlockLayout(
         parts=parts,
-        schedule=make_schedule(parts, query.index.shape[0], key.index.shape[0]),
+        schedule=make_schedule(parts, query.coords, key.coords, lengths, key_lengths),
         query_coords=query.coords,
         key_coords=key.coords,
         query_flags=member_flags(query.index, members),

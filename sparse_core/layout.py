@@ -231,8 +231,8 @@ def _with_parts(
 ) -> BlockLayout:
     """Exchange the parts, and plan the work anew."""
     values = {f.name: getattr(layout, f.name) for f in fields(layout)} | changes
-    num_queries, num_keys = values["query_coords"].shape[0], values["key_coords"].shape[0]
-    schedule = make_schedule(parts, num_queries, num_keys)
+    names = ("query_coords", "key_coords", "lengths", "key_lengths")
+    schedule = make_schedule(parts, *(values[name] for name in names))
     return BlockLayout(**values | {"parts": parts, "schedule": schedule})
 
 
@@ -345,7 +345,7 @@ def _shift_flags(part: Part, shift: int) -> Part:
 CONSTANTS = (
     "stride", "size", "program", "pattern", "part_numbers", "affine", "regular", "own_regular",
     "num_slots", "num_states",
-    "complete", "fresh",
+    "complete", "fresh", "spacing",
 )  # fmt: skip
 """Fields that are no tensors."""
 

@@ -12,7 +12,7 @@ from sparse_core import blockwise, kernels
 from sparse_core.blocking import Blocks
 from sparse_core.layout import BlockLayout, Lists, Part
 from sparse_core.reference import coordinate_distance, reference_attention
-from sparse_core.schedule import Agenda, Launch, Schedule
+from sparse_core.schedule import SPACINGS, Agenda, Launch, Schedule
 
 Backend = Literal["auto", "blockwise", "reference", "triton"]
 Precision = Literal["ieee", "tf32"]
@@ -292,6 +292,7 @@ def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
             tensors += [launch.items, launch.splits]
             numbers += [launch.num_slots, launch.own_regular, len(launch.part_numbers)]
             numbers += [*launch.part_numbers, *launch.affine, *launch.regular]
+    numbers.append(SPACINGS.index(layout.schedule.spacing))
     return tensors, [int(n) for n in numbers]
 
 
@@ -309,7 +310,8 @@ def _unflatten(tensors: list[Tensor], numbers: list[int]) -> BlockLayout:
             lists.append(Lists(next(flat), next(flat), next(flat), next(flat)))
         program = tuple(next(rest) for _ in range(next(rest)))
         parts.append(Part(sides[0], sides[1], lists[0], lists[1], next(flat), program))
-    schedule = Schedule(_unflatten_agenda(flat, rest), _unflatten_agenda(flat, rest))
+    agendas = _unflatten_agenda(flat, rest), _unflatten_agenda(flat, rest)
+    schedule = Schedule(*agendas, SPACINGS[next(rest)])
     none = query_coords.new_empty(0)
     return BlockLayout(
         tuple(parts), schedule, query_coords, key_coords, query_flags, key_flags, none, none,

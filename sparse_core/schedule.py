@@ -18,6 +18,10 @@ from sparse_core.blocking import Blocks
 if TYPE_CHECKING:
     from sparse_core.layout import Lists, Part
 
+Side = Literal["queries", "keys"]
+Spacing = Literal["free", "segments", "tokens"]
+SPACINGS: tuple[Spacing, ...] = ("free", "segments", "tokens")
+
 ITEM_TOKENS = 4096
 """An item walks over at least so many tokens of the other side before its block is split."""
 MAX_SPLIT_TOKENS = 2**15
@@ -32,7 +36,7 @@ class Launch:
     through the lists of all its parts. A piece of a split block goes to its slot; slot is -1 for a
     whole block. `splits` are (block, first slot, number of pieces). Where groups differ in number,
     the rest is filled with block -1. `affine` says of each part whether full blocks of any list
-    follow one another in memory, `regular` whether its block b begins at token b * size.
+    follow one another in memory, `regular` whether blocks cut all tokens into pieces of one size.
     """
 
     items: Int[Tensor, "G I 4"]
@@ -62,18 +66,55 @@ class Agenda:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Agendas by queries (forward, dQ) and by keys (dK, dV)."""
+    """Agendas by queries (forward, dQ) and by keys (dK, dV).
+
+    `spacing` says what token numbers tell of coordinates: "tokens" if they are the coordinates,
+    "segments" if within a sequence they differ as the coordinates do, else "free".
+    """
 
     queries: Agenda
     keys: Agenda
+    spacing: Spacing
 
 
-def make_schedule(parts: tuple["Part", ...], num_queries: int, num_keys: int) -> Schedule:
+def make_schedule(
+    parts: tuple["Part", ...],
+    query_coords: Int[Tensor, "Tq P"],
+    key_coords: Int[Tensor, "Tk P"],
+    lengths: Int[Tensor, "S"],
+    key_lengths: Int[Tensor, "S"],
+) -> Schedule:
     """Plan the launches for the parts of a layout."""
-    return Schedule(_agenda(parts, "queries", num_queries), _agenda(parts, "keys", num_keys))
+    num_queries, num_keys = query_coords.shape[0], key_coords.shape[0]
+    return Schedule(
+        _agenda(parts, "queries", num_queries, num_keys),
+        _agenda(parts, "keys", num_keys, num_queries),
+        _spacing(query_coords, key_coords, lengths, key_lengths),
+    )
 
 
-def _agenda(parts: tuple["Part", ...], side: Literal["queries", "keys"], num_tokens: int) -> Agenda:
+def _spacing(
+    query_coords: Tensor, key_coords: Tensor, lengths: Tensor, key_lengths: Tensor
+) -> Spacing:
+    if query_coords.shape[1] != 1:
+        return "free"
+    sides = ((query_coords[:, 0], lengths), (key_coords[:, 0], key_lengths))
+    if all(_counts_up(coords, None) for coords, _ in sides):
+        return "tokens"
+    alike = torch.equal(lengths, key_lengths)
+    return "segments" if alike and all(_counts_up(*side) for side in sides) else "free"
+
+
+def _counts_up(coords: Int[Tensor, "T"], lengths: Int[Tensor, "S"] | None) -> bool:
+    """Whether coordinates count from 0, in all or in each sequence."""
+    token = torch.arange(coords.shape[0], device=coords.device)
+    if lengths is not None:
+        first = lengths.cumsum(0) - lengths
+        token = token - first.repeat_interleave(lengths, output_size=coords.shape[0])
+    return torch.equal(coords.long(), token)
+
+
+def _agenda(parts: tuple["Part", ...], side: Side, num_tokens: int, num_others: int) -> Agenda:
     families: list[list[int]] = []
     for number, part in enumerate(parts):
         mine = getattr(part, side)
@@ -93,7 +134,7 @@ def _agenda(parts: tuple["Part", ...], side: Literal["queries", "keys"], num_tok
     complete = bool(families) and reach[families[0][0]] == num_tokens
     if complete:
         families.append(families.pop(0))
-    launches = tuple(_launch(parts, family, side, num_tokens) for family in families)
+    launches = tuple(_launch(parts, family, side, num_tokens, num_others) for family in families)
     early = [getattr(parts[f[0]], side) for f in (families[:-1] if complete else families)]
     state_of, num_states = _state_places(early, num_tokens)
     fresh = bool(early) and int(early[0].count.sum()) == num_states
@@ -127,9 +168,9 @@ def _same_blocks(a: Blocks, b: Blocks) -> bool:
 
 
 def _launch(
-    parts: tuple["Part", ...], family: list[int], side: Literal["queries", "keys"], num_tokens: int
+    parts: tuple["Part", ...], family: list[int], side: Side, num_tokens: int, num_others: int
 ) -> Launch:
-    other: Literal["keys", "queries"] = "keys" if side == "queries" else "queries"
+    other = "keys" if side == "queries" else "queries"
     lists = [parts[n].rows if side == "queries" else parts[n].columns for n in family]
     others: list[Blocks] = [getattr(parts[n], other) for n in family]
     own: Blocks = getattr(parts[family[0]], side)
@@ -138,8 +179,9 @@ def _launch(
     pieces = ((length + limit - 1) // limit).clamp(min=1)
     items, splits, num_slots = _items(length, pieces, limit)
     affine = tuple(_is_affine(x, b) for x, b in zip(lists, others, strict=True))
-    regular = tuple(_is_regular(b) for b in others)
-    return Launch(items, splits, tuple(family), affine, regular, _is_regular(own), num_slots)
+    regular = tuple(_is_regular(b, num_others) for b in others)
+    own_regular = _is_regular(own, num_tokens)
+    return Launch(items, splits, tuple(family), affine, regular, own_regular, num_slots)
 
 
 def _item_length(
@@ -176,7 +218,8 @@ def _items(
     first = piece * limit
     last = torch.minimum(first + limit, length.flatten()[flat])
     slot = torch.where(split.flatten()[flat], first_slot.flatten()[flat] + piece, -1)
-    rank = (last - first).clamp(min=1).double().log2().floor().long()
+    powers = 2 ** torch.arange(32, device=device)
+    rank = torch.bucketize(last - first, powers, right=True)
     # long items start first; of about equal ones neighbours stay together for the cache
     group = flat // rows
     order = torch.sort(group * 64 - rank, stable=True).indices
@@ -203,10 +246,13 @@ def _pad(rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"]) -> Int[Tensor, "
     return padded
 
 
-def _is_regular(blocks: Blocks) -> bool:
-    expected = torch.arange(len(blocks), device=blocks.start.device) * blocks.size
-    plain = not blocks.order.numel() and blocks.stride == 1
-    return plain and torch.equal(blocks.start.long(), expected)
+def _is_regular(blocks: Blocks, num_tokens: int) -> bool:
+    """Whether the blocks cut all tokens, one after another, into pieces of their size."""
+    if blocks.order.numel() or blocks.stride != 1:
+        return False
+    start = torch.arange(len(blocks), device=blocks.start.device) * blocks.size
+    count = (num_tokens - start).clamp(max=blocks.size)
+    return torch.equal(blocks.start.long(), start) and torch.equal(blocks.count.long(), count)
 
 
 def _is_affine(lists: "Lists", blocks: Blocks) -> bool:

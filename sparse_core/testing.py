@@ -3,7 +3,7 @@
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -160,13 +160,24 @@ def check_against_float64(
     coords: Int[Tensor, "T P"] | None = None,
     segments: list[int] | None = None,
     block_size: int | None = None,
+    plain: bool = False,
 ) -> None:
-    """Hold an engine to the reference on one pattern: results and all gradients."""
+    """Hold an engine to the reference on one pattern: results and all gradients.
+
+    `plain` leaves out key bias and slopes.
+    """
     where = inputs.q.shape[1] if coords is None else coords
     layout = build_layout(pattern, where, segments=segments, block_size=block_size)
     distance = coordinate_distance(layout.query_coords, layout.key_coords, torch.float64)
-    expected = reference_results(inputs, pattern.mask(where, segments=segments), distance)
-    assert_close(engine.run(layout, inputs), expected, inputs)
+    mask = pattern.mask(where, segments=segments)
+    if plain:
+        none = (torch.zeros_like(x) for x in (inputs.key_bias, inputs.alibi_slopes))
+        inputs = replace(inputs, **dict(zip(("key_bias", "alibi_slopes"), none, strict=True)))
+    expected = reference_results(inputs, mask, distance)
+    if plain:
+        for name in ("dkey_bias", "dalibi_slopes"):
+            expected[name].zero_()
+    assert_close(engine.run(layout, inputs, plain=plain), expected, inputs)
 
 
 def assert_close(

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from multiprocessing import get_context
 
@@ -61,7 +61,7 @@ class Trial:
     dtype: str
     head_dim: int
     case: str
-    config: tuple[int, int, int, int]
+    config: tuple[int, ...]
 
 
 def main() -> int:
@@ -116,7 +116,7 @@ def _trials(dtype: str, head_dim: int, case: str) -> list[Trial]:
 
     rounded = next(d for d in tuning.HEAD_DIMS if head_dim <= d)
     return [
-        Trial(kernel, dtype, rounded, case, (c.block_own, c.block_other, c.num_warps, c.num_stages))
+        Trial(kernel, dtype, rounded, case, astuple(c))
         for kernel in tuning.KERNELS
         for c in tuning.candidates(kernel, dtype, rounded)
     ]
@@ -243,10 +243,11 @@ def _median(run: Callable[[], object], repeats: int = 9, inner: int = 3) -> floa
 
 
 def _line(trial: Trial, milliseconds: float | None, error: str | None) -> str:
-    own, other, warps, stages = trial.config
+    own, other, warps, stages, registers = trial.config
     name = f"{trial.kernel}/{trial.dtype}/{trial.head_dim}/{trial.case}"
     what = f"{milliseconds:8.3f} ms" if milliseconds is not None else f"out: {error}"
-    return f"{name:38} {own:4} x {other:3}, {warps} warps, {stages} stages  {what}"
+    how = f"{warps} warps, {stages} stages, {registers or 255:3} registers"
+    return f"{name:38} {own:4} x {other:3}, {how}  {what}"
 
 
 if __name__ == "__main__":

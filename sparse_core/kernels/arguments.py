@@ -1,15 +1,15 @@
 """From a layout and its schedule to what kernels take."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
 
+from sparse_core.blocking import Blocks
 from sparse_core.layout import BlockLayout, Lists, Part
 from sparse_core.masking import CONGRUENT, INTERVAL, Program, decode
-from sparse_core.schedule import Launch
+from sparse_core.schedule import Launch, Side
 
-Side = Literal["queries", "keys"]
 MIN_TILE = 16
 """The fewest rows that a dot takes."""
 
@@ -48,8 +48,11 @@ class Meta(NamedTuple):
     """
 
     small: int
+    single: bool
     ragged: bool
     indexed: bool
+    wide: bool
+    natural: bool
     regular: bool
     affine: bool
     bits: bool
@@ -64,9 +67,12 @@ def own_side(layout: BlockLayout, launch: Launch, side: Side) -> Own:
 
 
 def other_side(
-    layout: BlockLayout, launch: Launch, side: Side, tile: int
+    layout: BlockLayout, launch: Launch, side: Side, tile: int, token_elements: int
 ) -> tuple[tuple[Other, ...], tuple[tuple[int, ...], ...], tuple[Meta, ...]]:
-    """Describe each part of a launch for tiles of `tile` tokens: pointers, numbers, constants."""
+    """Describe each part of a launch for tiles of `tile` tokens: pointers, numbers, constants.
+
+    `token_elements` is how far apart tokens lie in memory.
+    """
     others, numbers, metas = [], [], []
     runs = zip(launch.part_numbers, launch.affine, launch.regular, strict=True)
     for number, affine, regular in runs:
@@ -74,12 +80,15 @@ def other_side(
         others.append(_other(part, side))
         clauses, values = _clauses(part.program)
         blocks = part.keys if side == "queries" else part.queries
-        numbers.append((layout.num_keys if side == "queries" else layout.num_queries, *values))
+        numbers.append(values)
         metas.append(
             Meta(
                 small=blocks.size if blocks.size < tile else 0,
+                single=blocks.size == tile,
                 ragged=blocks.size % tile != 0,
                 indexed=blocks.order.numel() > 0,
+                wide=_is_wide(blocks, tile, token_elements),
+                natural=_is_natural(layout, part.program),
                 regular=regular,
                 affine=affine,
                 bits=not part.program,
@@ -88,6 +97,21 @@ def other_side(
             )
         )
     return tuple(others), tuple(numbers), tuple(metas)
+
+
+def _is_wide(blocks: Blocks, tile: int, token_elements: int) -> bool:
+    """Whether a lane's place, from its tile's first token on, may exceed 32 bits."""
+    gathered = blocks.order.numel() > 0 or blocks.size < tile
+    return gathered or tile * blocks.stride * token_elements >= 2**31
+
+
+def _is_natural(layout: BlockLayout, program: Program) -> bool:
+    """Whether token numbers may stand for coordinates in a part's terms."""
+    if layout.schedule.spacing == "tokens":
+        return True
+    own, earlier = decode(program) if program else ([], [])
+    residues = any(term[0] == CONGRUENT for clause in own + earlier for term in clause)
+    return layout.schedule.spacing == "segments" and not residues
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -116,19 +140,16 @@ def _other(part: Part, side: Side) -> Other:
 def _clauses(
     program: Program,
 ) -> tuple[tuple[tuple[tuple[int, int, int], ...], ...], tuple[int, ...]]:
-    """Part a program into its form, which is compiled, and its numbers, which are not.
-
-    The numbers stand behind one other, the number of tokens.
-    """
+    """Part a program into its form, which is compiled, and its numbers, which are not."""
     if not program:
-        return (), ()
+        return (), (0,)
     own, earlier = decode(program)
     values: list[int] = []
     clauses = []
     for clause in own + earlier:
         terms = []
         for code, a, b, c in clause:
-            terms.append((code, a if code in (INTERVAL, CONGRUENT) else 0, 1 + len(values)))
+            terms.append((code, a if code in (INTERVAL, CONGRUENT) else 0, len(values)))
             values += [b, c] if code in (INTERVAL, CONGRUENT) else [a]
         clauses.append(tuple(terms))
-    return tuple(clauses), tuple(values)
+    return tuple(clauses), tuple(values) or (0,)

@@ -17,11 +17,14 @@ from sparse_core.kernels.tiles import (
     load_coords,
     load_rows,
     num_tiles,
+    other_axes,
     other_tokens,
+    own_axes,
     own_tokens,
     ragged,
     run_start,
     store_rows,
+    wide,
 )
 
 
@@ -41,9 +44,11 @@ def query_steps(
     key_bias,
     slope,
     part,
+    num_others,
     numbers,
     key_coords,
     key_flags,
+    my_tokens,
     own_coords,
     own_flags,
     own_inner,
@@ -65,27 +70,29 @@ def query_steps(
     """Add what the list entries first to last - 1 of one part give to dQ."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
+    WIDE: tl.constexpr = wide(META, S)
+    own_coords = own_axes(own_coords, my_tokens, META, S)
     start = run_start(part, META, S, first, last)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
         origin, lanes, exists, entry, inner = other_tokens(
-            part, numbers, META, S, first, last, start, tile, AFFINE, BLOCK
+            part, num_others, META, S, first, last, start, tile, AFFINE, BLOCK
         )
         tokens = origin + lanes
-        k1 = load_rows(k, origin, lanes, stride_k, exists, D, 0, D1, CHECK)
-        v1 = load_rows(v, origin, lanes, stride_v, exists, D, 0, D1, CHECK)
+        k1 = load_rows(k, origin, lanes, stride_k, exists, D, 0, D1, CHECK, WIDE)
+        v1 = load_rows(v, origin, lanes, stride_v, exists, D, 0, D1, CHECK, WIDE)
         scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         slopes = tl.dot(do1, tl.trans(v1), input_precision=PRECISION)
         k2 = k1
         if D2 > 0:
-            k2 = load_rows(k, origin, lanes, stride_k, exists, D, D1, D2, CHECK)
-            v2 = load_rows(v, origin, lanes, stride_v, exists, D, D1, D2, CHECK)
+            k2 = load_rows(k, origin, lanes, stride_k, exists, D, D1, D2, CHECK, WIDE)
+            v2 = load_rows(v, origin, lanes, stride_v, exists, D, D1, D2, CHECK, WIDE)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
             slopes = tl.dot(do2, tl.trans(v2), slopes, input_precision=PRECISION)
         scale = scale_log2
         if key_bias is not None or slope is not None:
             scores = scores * scale_log2
             scale = 1.0
-        other_coords = load_coords(key_coords, tokens, exists, P)
+        other_coords = other_axes(key_coords, tokens, exists, META, S, P)
         if key_bias is not None:
             bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
             scores += (bias * LOG2_E)[None, :]
@@ -242,14 +249,14 @@ def query_kernel(
         )
         dq1, dq2, by_distance = query_steps(
             dq1, dq2, by_distance, q1, q2, do1, do2, row_lse, row_delta, k, v, key_bias, slope,
-            parts[s], numbers[s], key_coords, key_flags, own_coords, own_flags, own_inner,
-            begin, middle, stride_kt, stride_vt, scale_log2,
+            parts[s], num_keys, numbers[s], key_coords, key_flags, tokens, own_coords, own_flags,
+            own_inner, begin, middle, stride_kt, stride_vt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
         dq1, dq2, by_distance = query_steps(
             dq1, dq2, by_distance, q1, q2, do1, do2, row_lse, row_delta, k, v, key_bias, slope,
-            parts[s], numbers[s], key_coords, key_flags, own_coords, own_flags, own_inner,
-            middle, end, stride_kt, stride_vt, scale_log2,
+            parts[s], num_keys, numbers[s], key_coords, key_flags, tokens, own_coords, own_flags,
+            own_inner, middle, end, stride_kt, stride_vt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
     if slope is not None:
@@ -294,9 +301,11 @@ def key_steps(
     delta,
     slope,
     part,
+    num_others,
     numbers,
     query_coords,
     query_flags,
+    my_tokens,
     own_coords,
     own_flags,
     own_inner,
@@ -318,27 +327,29 @@ def key_steps(
     """Add what the list entries first to last - 1 of one part give to dK and dV."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
+    WIDE: tl.constexpr = wide(META, S)
+    own_coords = own_axes(own_coords, my_tokens, META, S)
     start = run_start(part, META, S, first, last)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
         origin, lanes, exists, entry, inner = other_tokens(
-            part, numbers, META, S, first, last, start, tile, AFFINE, BLOCK
+            part, num_others, META, S, first, last, start, tile, AFFINE, BLOCK
         )
         tokens = origin + lanes
-        q1 = load_rows(q, origin, lanes, stride_q, exists, D, 0, D1, CHECK)
-        do1 = load_rows(grad_out, origin, lanes, stride_g, exists, D, 0, D1, CHECK)
+        q1 = load_rows(q, origin, lanes, stride_q, exists, D, 0, D1, CHECK, WIDE)
+        do1 = load_rows(grad_out, origin, lanes, stride_g, exists, D, 0, D1, CHECK, WIDE)
         scores = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
         slopes = tl.dot(v1, tl.trans(do1), input_precision=PRECISION)
         q2, do2 = q1, do1
         if D2 > 0:
-            q2 = load_rows(q, origin, lanes, stride_q, exists, D, D1, D2, CHECK)
-            do2 = load_rows(grad_out, origin, lanes, stride_g, exists, D, D1, D2, CHECK)
+            q2 = load_rows(q, origin, lanes, stride_q, exists, D, D1, D2, CHECK, WIDE)
+            do2 = load_rows(grad_out, origin, lanes, stride_g, exists, D, D1, D2, CHECK, WIDE)
             scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
             slopes = tl.dot(v2, tl.trans(do2), slopes, input_precision=PRECISION)
         scale = scale_log2
         if own_bias is not None or slope is not None:
             scores = scores * scale_log2
             scale = 1.0
-        other_coords = load_coords(query_coords, tokens, exists, P)
+        other_coords = other_axes(query_coords, tokens, exists, META, S, P)
         if own_bias is not None:
             scores += own_bias[:, None]
         if slope is not None:
@@ -494,15 +505,19 @@ def key_kernel(
         )
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            lse + line * num_queries, delta + line * num_queries, slope, parts[s], numbers[s],
-            query_coords, query_flags, own_coords, own_flags, own_inner, begin, middle,
+            lse + line * num_queries, delta + line * num_queries, slope, parts[s],
+            num_queries, numbers[s],
+            query_coords, query_flags, tokens, own_coords, own_flags,
+            own_inner, begin, middle,
             stride_qt, stride_gt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            lse + line * num_queries, delta + line * num_queries, slope, parts[s], numbers[s],
-            query_coords, query_flags, own_coords, own_flags, own_inner, middle, end,
+            lse + line * num_queries, delta + line * num_queries, slope, parts[s],
+            num_queries, numbers[s],
+            query_coords, query_flags, tokens, own_coords, own_flags,
+            own_inner, middle, end,
             stride_qt, stride_gt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip

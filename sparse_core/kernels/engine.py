@@ -10,7 +10,6 @@ from sparse_core.blockwise import Gradients
 from sparse_core.kernels import tuning
 from sparse_core.kernels.arguments import (
     Own,
-    Side,
     other_side,
     own_side,
     split_head_dim,
@@ -20,7 +19,7 @@ from sparse_core.kernels.backward import key_kernel, query_kernel
 from sparse_core.kernels.combine import combine_kernel
 from sparse_core.kernels.forward import forward_kernel
 from sparse_core.layout import BlockLayout
-from sparse_core.schedule import Agenda, Launch
+from sparse_core.schedule import Agenda, Launch, Side
 
 LOG2_E = 1.4426950408889634
 
@@ -63,7 +62,9 @@ def forward(
         config = tuning.choose("forward", q, step.launch, layout, precision)
         pieces = _Scratch.empty(q, step.launch.num_slots * step.own.size)
         tile = tile_of(step.own.size, config.block_own)
-        parts, numbers, meta = other_side(layout, step.launch, "queries", config.block_other)
+        parts, numbers, meta = other_side(
+            layout, step.launch, "queries", config.block_other, _apart(k, v)
+        )
         forward_kernel[step.grid(tile, q)](
             q, k, v, _contiguous(key_bias), _contiguous(alibi_slopes), out, lse,
             state.rows, state.vector, step.state_of, pieces.rows, pieces.vector,
@@ -151,7 +152,9 @@ class Backward:
             config = tuning.choose("query", q, step.launch, layout, self.precision)
             pieces = _Scratch.empty(q, step.launch.num_slots * step.own.size)
             tile = tile_of(step.own.size, config.block_own)
-            parts, numbers, meta = other_side(layout, step.launch, "queries", config.block_other)
+            parts, numbers, meta = other_side(
+                layout, step.launch, "queries", config.block_other, _apart(self.k, self.v)
+            )
             grid = step.grid(tile, q)
             slopes = q.new_zeros((q.shape[0], q.shape[2], grid[0]), dtype=torch.float32)
             query_kernel[grid](
@@ -184,7 +187,9 @@ class Backward:
             room = step.launch.num_slots * step.own.size
             pieces_k, pieces_v = (_Scratch.empty(q, room) for _ in range(2))
             tile = tile_of(step.own.size, config.block_own)
-            parts, numbers, meta = other_side(layout, step.launch, "keys", config.block_other)
+            parts, numbers, meta = other_side(
+                layout, step.launch, "keys", config.block_other, _apart(q, self.grad_out)
+            )
             key_kernel[step.grid(tile, q)](
                 q, k, self.v, self.grad_out, self.lse, self.delta, self.key_bias,
                 self.alibi_slopes, grad_k, grad_v, bias, state_k.rows, state_v.rows,
@@ -261,6 +266,7 @@ class _Step:
             "PRECISION": precision,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
+            "maxnreg": config.max_registers or None,
         }
 
     def combine(
@@ -332,6 +338,11 @@ def _spread(rows: Tensor, agenda: Agenda, empty: float = 0.0) -> Tensor:
 def _with_channels_inside(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Copy tensors whose channels are not next to one another."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
+def _apart(*tensors: Tensor) -> int:
+    """How many elements lie between tokens, at most."""
+    return max(x.stride(1) for x in tensors)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

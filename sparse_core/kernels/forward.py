@@ -13,11 +13,14 @@ from sparse_core.kernels.tiles import (
     load_coords,
     load_rows,
     num_tiles,
+    other_axes,
     other_tokens,
+    own_axes,
     own_tokens,
     ragged,
     run_start,
     store_rows,
+    wide,
 )
 
 
@@ -50,9 +53,11 @@ def attend(
     key_bias,
     slope,
     part,
+    num_others,
     numbers,
     key_coords,
     key_flags,
+    my_tokens,
     own_coords,
     own_flags,
     own_inner,
@@ -74,22 +79,24 @@ def attend(
     """Take the list entries first to last - 1 of one part into the running softmax."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
+    WIDE: tl.constexpr = wide(META, S)
+    own_coords = own_axes(own_coords, my_tokens, META, S)
     start = run_start(part, META, S, first, last)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
         origin, lanes, exists, entry, inner = other_tokens(
-            part, numbers, META, S, first, last, start, tile, AFFINE, BLOCK
+            part, num_others, META, S, first, last, start, tile, AFFINE, BLOCK
         )
         tokens = origin + lanes
-        k1 = load_rows(k, origin, lanes, stride_k, exists, D, 0, D1, CHECK)
+        k1 = load_rows(k, origin, lanes, stride_k, exists, D, 0, D1, CHECK, WIDE)
         scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         if D2 > 0:
-            k2 = load_rows(k, origin, lanes, stride_k, exists, D, D1, D2, CHECK)
+            k2 = load_rows(k, origin, lanes, stride_k, exists, D, D1, D2, CHECK, WIDE)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
         scale = scale_log2
         if key_bias is not None or slope is not None:
             scores = scores * scale_log2
             scale = 1.0
-        other_coords = load_coords(key_coords, tokens, exists, P)
+        other_coords = other_axes(key_coords, tokens, exists, META, S, P)
         if key_bias is not None:
             bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
             scores += (bias * LOG2_E)[None, :]
@@ -107,11 +114,11 @@ def attend(
         weights, largest, total, share = softmax_step(
             scores, scale, largest, total, CHECK or key_bias is not None
         )
-        v1 = load_rows(v, origin, lanes, stride_v, exists, D, 0, D1, CHECK)
+        v1 = load_rows(v, origin, lanes, stride_v, exists, D, 0, D1, CHECK, WIDE)
         weights = weights.to(v1.dtype)
         acc1 = tl.dot(weights, v1, acc1 * share[:, None], input_precision=PRECISION)
         if D2 > 0:
-            v2 = load_rows(v, origin, lanes, stride_v, exists, D, D1, D2, CHECK)
+            v2 = load_rows(v, origin, lanes, stride_v, exists, D, D1, D2, CHECK, WIDE)
             acc2 = tl.dot(weights, v2, acc2 * share[:, None], input_precision=PRECISION)
     return acc1, acc2, largest, total
 
@@ -237,14 +244,18 @@ def forward_kernel(
             parts[s], group, block, first, last, passed, num_blocks
         )
         acc1, acc2, largest, total = attend(
-            acc1, acc2, largest, total, q1, q2, k, v, key_bias, slope, parts[s], numbers[s],
-            key_coords, key_flags, own_coords, own_flags, own_inner, begin, middle,
+            acc1, acc2, largest, total, q1, q2, k, v, key_bias, slope, parts[s],
+            num_keys, numbers[s],
+            key_coords, key_flags, tokens, own_coords, own_flags,
+            own_inner, begin, middle,
             stride_kt, stride_vt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
         acc1, acc2, largest, total = attend(
-            acc1, acc2, largest, total, q1, q2, k, v, key_bias, slope, parts[s], numbers[s],
-            key_coords, key_flags, own_coords, own_flags, own_inner, middle, end,
+            acc1, acc2, largest, total, q1, q2, k, v, key_bias, slope, parts[s],
+            num_keys, numbers[s],
+            key_coords, key_flags, tokens, own_coords, own_flags,
+            own_inner, middle, end,
             stride_kt, stride_vt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip

@@ -23,6 +23,12 @@ def small(meta, s):
 
 
 @triton.constexpr_function
+def single(meta, s):
+    """Whether a tile holds just one block of the other side."""
+    return meta[s].single
+
+
+@triton.constexpr_function
 def ragged(meta, s):
     """Whether tiles may hold lanes beyond their blocks even where every block is full."""
     return meta[s].ragged
@@ -38,6 +44,18 @@ def indexed(meta, s):
 def affine(meta, s):
     """Whether the full blocks of a row follow one another, so that addresses are arithmetic."""
     return meta[s].affine
+
+
+@triton.constexpr_function
+def wide(meta, s):
+    """Whether lanes, times the elements of a token, may exceed 32 bits."""
+    return meta[s].wide
+
+
+@triton.constexpr_function
+def natural(meta, s):
+    """Whether tokens' numbers differ as their coordinates do, so that none need be loaded."""
+    return meta[s].natural
 
 
 @triton.constexpr_function
@@ -134,6 +152,8 @@ def num_tiles(
         return tl.cdiv((last - first) * part.size, BLOCK)
     elif small(META, S) > 0:
         return tl.cdiv(last - first, BLOCK // small(META, S))
+    elif single(META, S):
+        return last - first
     else:
         return (last - first) * tl.cdiv(part.size, BLOCK)
 
@@ -148,10 +168,10 @@ def block_start(part, META: tl.constexpr, S: tl.constexpr, block, valid):
 
 
 @triton.jit
-def block_count(part, numbers, META: tl.constexpr, S: tl.constexpr, block, valid):
+def block_count(part, num_others, META: tl.constexpr, S: tl.constexpr, block, valid):
     """How many tokens blocks of the other side have."""
     if regular(META, S):
-        return tl.minimum(numbers[0] - block * part.size, part.size)
+        return tl.minimum(num_others - block * part.size, part.size)
     else:
         return tl.load(part.counts + block, mask=valid, other=0)
 
@@ -167,7 +187,7 @@ def run_start(part, META: tl.constexpr, S: tl.constexpr, first, last):
 @triton.jit
 def other_tokens(
     part,
-    numbers,
+    num_others,
     META: tl.constexpr,
     S: tl.constexpr,
     first,
@@ -197,17 +217,18 @@ def other_tokens(
         block = tl.load(part.indices + entry, mask=valid, other=0)
         origin = tile * 0
         lanes = block_start(part, META, S, block, valid) + inner * part.stride
-        exists = valid & (inner < block_count(part, numbers, META, S, block, valid))
+        exists = valid & (inner < block_count(part, num_others, META, S, block, valid))
     else:
-        tiles = tl.cdiv(part.size, BLOCK)
-        which = first + tile // tiles
+        which, step = first + tile, 0
+        if not single(META, S):
+            tiles = tl.cdiv(part.size, BLOCK)
+            which, step = first + tile // tiles, (tile % tiles) * BLOCK
         entry = which + tl.zeros_like(lane)
-        step = (tile % tiles) * BLOCK
         inner = step + lane
         block = tl.load(part.indices + which)
         origin = block_start(part, META, S, block, True) + step * part.stride
         lanes = lane * part.stride
-        exists = inner < block_count(part, numbers, META, S, block, True)
+        exists = inner < block_count(part, num_others, META, S, block, True)
     if indexed(META, S):
         lanes = tl.load(part.order + origin + lanes, mask=exists, other=0)
         return tile * 0, lanes, exists, entry, inner
@@ -226,12 +247,19 @@ def load_rows(
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
     CHECK: tl.constexpr,
+    WIDE: tl.constexpr = True,
 ):
-    """Channels FIRST to FIRST + WIDTH of tokens origin + lanes, [BLOCK, WIDTH]; zeros beyond."""
+    """Channels FIRST to FIRST + WIDTH of tokens origin + lanes, [BLOCK, WIDTH]; zeros beyond.
+
+    Without `WIDE` what the lanes add fits 32 bits, which spares registers.
+    """
     channel = FIRST + tl.arange(0, WIDTH)
     # offsets exceed int32 beyond 2**31 elements
-    offsets = lanes.to(tl.int64)[:, None] * stride + channel[None, :]
-    pointers = base + tl.cast(origin, tl.int64) * stride + offsets
+    start = base + tl.cast(origin, tl.int64) * stride
+    if WIDE:
+        pointers = start + (lanes.to(tl.int64)[:, None] * stride + channel[None, :])
+    else:
+        pointers = start + (lanes[:, None] * stride + channel[None, :])
     if FIRST + WIDTH > D:
         inside = channel[None, :] < D
         if CHECK:
@@ -274,12 +302,21 @@ def load_coords(coords, tokens, exists, P: tl.constexpr):
 
 
 @triton.jit
-def difference(own, other, OWN_IS_QUERY: tl.constexpr):
-    """Query minus key for each pair of the tile."""
-    if OWN_IS_QUERY:
-        return own[:, None] - other[None, :]
+def own_axes(coords, tokens, META: tl.constexpr, S: tl.constexpr):
+    """Own coordinates as a part's terms want them."""
+    if natural(META, S):
+        return (tokens,)
     else:
-        return other[None, :] - own[:, None]
+        return coords
+
+
+@triton.jit
+def other_axes(coords, tokens, exists, META: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
+    """Coordinates of the other side's tokens as a part's terms want them."""
+    if natural(META, S):
+        return (tokens,)
+    else:
+        return load_coords(coords, tokens, exists, P)
 
 
 @triton.jit
@@ -311,13 +348,15 @@ def term_holds(
 ):
     """Evaluate one term on each pair; the shape may be [M, N], [M, 1] or [1, N]."""
     if code(META, S, C, T) == INTERVAL_CODE:
-        step = difference(
-            own_coords[axis(META, S, C, T)], other_coords[axis(META, S, C, T)], OWN_IS_QUERY
-        )
         # one comparison: differences below `low` wrap around to large unsigned numbers
         low, high = numbers[place(META, S, C, T)], numbers[place(META, S, C, T) + 1]
+        mine, theirs = own_coords[axis(META, S, C, T)], other_coords[axis(META, S, C, T)]
+        if OWN_IS_QUERY:
+            above = (mine - low)[:, None] - theirs[None, :]
+        else:
+            above = theirs[None, :] - (mine + low)[:, None]
         span = tl.cast(high - low, tl.uint32, bitcast=True)
-        return (step - low).to(tl.uint32, bitcast=True) <= span
+        return above.to(tl.uint32, bitcast=True) <= span
     elif code(META, S, C, T) == CONGRUENT_CODE:
         block, stride = numbers[place(META, S, C, T)], numbers[place(META, S, C, T) + 1]
         mine = residue(own_coords[axis(META, S, C, T)], block, stride)
@@ -358,7 +397,7 @@ def clause_holds(
     OWN_IS_QUERY: tl.constexpr,
 ):
     """Whether all terms of a clause hold, for each pair whose other token exists."""
-    kept = (own_flags[:, None] == own_flags[:, None]) & other_exists[None, :]
+    kept = tl.broadcast_to(other_exists[None, :], (own_flags.shape[0], other_exists.shape[0]))
     for t in tl.static_range(num_terms(META, S, C)):
         kept = kept & term_holds(
             META, S, C, t, numbers, own_coords, other_coords, own_flags, other_flags, OWN_IS_QUERY

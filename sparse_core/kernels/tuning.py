@@ -20,9 +20,8 @@ import torch
 import triton
 from torch import Tensor
 
-from sparse_core.kernels.arguments import Side
 from sparse_core.layout import BlockLayout
-from sparse_core.schedule import Launch
+from sparse_core.schedule import Launch, Side
 
 Kernel = Literal["forward", "query", "key"]
 KERNELS: tuple[Kernel, ...] = ("forward", "query", "key")
@@ -35,12 +34,16 @@ LONG = 4096
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Rows of the own tile, columns of the others', and how Triton runs the loop."""
+    """Rows of the own tile, columns of the others', and how Triton runs the loop.
+
+    `max_registers` a thread lets more programs share a multiprocessor; 0 sets no limit.
+    """
 
     block_own: int
     block_other: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +106,6 @@ def default(key: Key) -> Config:
     return table.get(f"{key.kind}/{key.length}", table["any"])
 
 
-def candidates(kernel: Kernel, dtype: str, head_dim: int) -> tuple[Config, ...]:
-    """List what may be chosen: the shipped choices and their neighbours."""
-    table = DEFAULTS[kernel, dtype, head_dim]
-    return tuple(dict.fromkeys([*table.values(), *CANDIDATES[kernel, dtype, head_dim]]))
-
-
 _FORCED: dict[Kernel, Config] = {}
 
 
@@ -169,76 +166,103 @@ def ptxas_version() -> str:
 
 Table = dict[tuple[str, str, int], dict[str, Config]]
 
+
+def _any(*values: int) -> dict[str, Config]:
+    return {"any": Config(*values)}
+
+
 DEFAULTS: Table = {
-    ("forward", "half", 32): {"any": Config(64, 64, 4, 3)},
-    ("forward", "half", 64): {"any": Config(64, 64, 4, 3)},
-    ("forward", "half", 128): {"any": Config(64, 64, 4, 2)},
-    ("forward", "half", 256): {"any": Config(64, 32, 4, 2)},
-    ("query", "half", 32): {"any": Config(64, 64, 4, 2)},
-    ("query", "half", 64): {"any": Config(64, 64, 4, 2)},
-    ("query", "half", 128): {"any": Config(64, 64, 4, 2)},
-    ("query", "half", 256): {"any": Config(64, 32, 4, 1)},
-    ("key", "half", 32): {"any": Config(64, 32, 4, 3)},
-    ("key", "half", 64): {"any": Config(64, 32, 4, 3)},
-    ("key", "half", 128): {"any": Config(64, 64, 4, 2)},
-    ("key", "half", 256): {"any": Config(64, 32, 8, 1)},
-    ("forward", "ieee", 32): {"any": Config(32, 32, 4, 2)},
-    ("forward", "ieee", 64): {"any": Config(32, 32, 4, 2)},
-    ("forward", "ieee", 128): {"any": Config(32, 32, 4, 1)},
-    ("forward", "ieee", 256): {"any": Config(32, 16, 4, 1)},
-    ("query", "ieee", 32): {"any": Config(32, 32, 4, 1)},
-    ("query", "ieee", 64): {"any": Config(32, 32, 4, 1)},
-    ("query", "ieee", 128): {"any": Config(32, 16, 4, 1)},
-    ("query", "ieee", 256): {"any": Config(16, 16, 4, 1)},
-    ("key", "ieee", 32): {"any": Config(32, 32, 4, 1)},
-    ("key", "ieee", 64): {"any": Config(32, 32, 4, 1)},
-    ("key", "ieee", 128): {"any": Config(32, 16, 4, 1)},
-    ("key", "ieee", 256): {"any": Config(16, 16, 4, 1)},
-    ("forward", "tf32", 32): {"any": Config(64, 32, 4, 2)},
-    ("forward", "tf32", 64): {"any": Config(64, 32, 4, 2)},
-    ("forward", "tf32", 128): {"any": Config(64, 32, 4, 1)},
-    ("forward", "tf32", 256): {"any": Config(32, 32, 4, 1)},
-    ("query", "tf32", 32): {"any": Config(64, 32, 4, 1)},
-    ("query", "tf32", 64): {"any": Config(64, 32, 4, 1)},
-    ("query", "tf32", 128): {"any": Config(32, 32, 4, 1)},
-    ("query", "tf32", 256): {"any": Config(32, 16, 4, 1)},
-    ("key", "tf32", 32): {"any": Config(64, 32, 4, 1)},
-    ("key", "tf32", 64): {"any": Config(64, 32, 4, 1)},
-    ("key", "tf32", 128): {"any": Config(32, 32, 4, 1)},
-    ("key", "tf32", 256): {"any": Config(32, 16, 4, 1)},
+    ("forward", "half", 32): _any(64, 64, 4, 2, 128),
+    ("forward", "half", 64): _any(64, 64, 4, 2, 128),
+    ("forward", "half", 128): _any(64, 64, 4, 2),
+    ("forward", "half", 256): _any(64, 32, 4, 2),
+    ("query", "half", 32): _any(64, 32, 4, 3, 128),
+    ("query", "half", 64): _any(64, 32, 4, 3, 128),
+    ("query", "half", 128): _any(64, 64, 4, 2),
+    ("query", "half", 256): _any(64, 32, 4, 1),
+    ("key", "half", 32): _any(64, 32, 4, 3, 128),
+    ("key", "half", 64): _any(64, 32, 4, 3, 168),
+    ("key", "half", 128): _any(64, 64, 4, 2),
+    ("key", "half", 256): _any(64, 32, 8, 1),
+    ("forward", "ieee", 32): _any(32, 32, 4, 2),
+    ("forward", "ieee", 64): _any(32, 32, 4, 2),
+    ("forward", "ieee", 128): _any(32, 32, 4, 1),
+    ("forward", "ieee", 256): _any(32, 16, 4, 1),
+    ("query", "ieee", 32): _any(32, 32, 4, 1),
+    ("query", "ieee", 64): _any(32, 32, 4, 1),
+    ("query", "ieee", 128): _any(32, 16, 4, 1),
+    ("query", "ieee", 256): _any(16, 16, 4, 1),
+    ("key", "ieee", 32): _any(32, 32, 4, 1),
+    ("key", "ieee", 64): _any(32, 32, 4, 1),
+    ("key", "ieee", 128): _any(32, 16, 4, 1),
+    ("key", "ieee", 256): _any(16, 16, 4, 1),
+    ("forward", "tf32", 32): _any(64, 32, 4, 2),
+    ("forward", "tf32", 64): _any(64, 32, 4, 2),
+    ("forward", "tf32", 128): _any(64, 32, 4, 1),
+    ("forward", "tf32", 256): _any(32, 32, 4, 1),
+    ("query", "tf32", 32): _any(64, 32, 4, 1),
+    ("query", "tf32", 64): _any(64, 32, 4, 1),
+    ("query", "tf32", 128): _any(32, 32, 4, 1),
+    ("query", "tf32", 256): _any(32, 16, 4, 1),
+    ("key", "tf32", 32): _any(64, 32, 4, 1),
+    ("key", "tf32", 64): _any(64, 32, 4, 1),
+    ("key", "tf32", 128): _any(32, 32, 4, 1),
+    ("key", "tf32", 256): _any(32, 16, 4, 1),
 }
 """Choices by (kernel, dtype, head dimension), then by "kind/length", or "any"."""
 
 _HALF: dict[Kernel, tuple[Config, ...]] = {
     "forward": (
-        Config(64, 64, 4, 2),
-        Config(64, 64, 4, 3),
-        Config(128, 64, 8, 3),
-        Config(128, 128, 8, 2),
+        Config(64, 64, 4, 2, 128),
+        Config(64, 64, 4, 2, 168),
+        Config(64, 64, 4, 3, 128),
+        Config(64, 32, 4, 3, 128),
     ),
-    "query": (Config(64, 64, 4, 2), Config(64, 32, 4, 3), Config(128, 64, 8, 2)),
+    "query": (
+        Config(64, 32, 4, 3, 128),
+        Config(64, 32, 4, 2, 128),
+        Config(64, 64, 4, 2, 168),
+    ),
     "key": (
-        Config(64, 32, 4, 3),
+        Config(64, 32, 4, 3, 168),
+        Config(64, 32, 4, 3, 128),
+        Config(64, 32, 4, 2, 168),
         Config(64, 64, 4, 2),
-        Config(128, 32, 8, 3),
-        Config(128, 64, 8, 2),
     ),
 }
-_WIDE: dict[Kernel, tuple[Config, ...]] = {
-    "forward": (Config(64, 32, 4, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2)),
+_HALF_128: dict[Kernel, tuple[Config, ...]] = {
+    "forward": (
+        Config(64, 64, 4, 2),
+        Config(64, 32, 4, 3, 168),
+        Config(64, 32, 4, 2, 168),
+        Config(64, 64, 8, 2, 128),
+    ),
+    "query": (
+        Config(64, 64, 4, 2),
+        Config(64, 32, 4, 2, 168),
+        Config(64, 32, 4, 3),
+        Config(64, 64, 8, 2, 128),
+    ),
+    "key": (
+        Config(64, 64, 4, 2),
+        Config(64, 32, 4, 2),
+        Config(64, 64, 8, 2, 128),
+        Config(64, 32, 8, 2, 128),
+    ),
+}
+_HALF_256: dict[Kernel, tuple[Config, ...]] = {
+    "forward": (Config(64, 32, 4, 2), Config(64, 64, 8, 2)),
     "query": (Config(64, 32, 4, 1), Config(64, 32, 8, 2)),
     "key": (Config(64, 32, 8, 1), Config(64, 16, 8, 2)),
 }
 _SINGLE: tuple[Config, ...] = (Config(32, 32, 4, 1), Config(32, 16, 4, 1))
-_SINGLE_WIDE: tuple[Config, ...] = (Config(16, 16, 4, 1), Config(32, 16, 8, 1))
+_SINGLE_256: tuple[Config, ...] = (Config(16, 16, 4, 1), Config(32, 16, 8, 1))
 
-CANDIDATES: dict[tuple[str, str, int], tuple[Config, ...]] = {
-    (kernel, dtype, head_dim): (
-        (_HALF if head_dim < 256 else _WIDE)[kernel]
-        if dtype == "half"
-        else (_SINGLE if head_dim < 256 else _SINGLE_WIDE)
-    )
-    for kernel in KERNELS
-    for dtype in ("half", "ieee", "tf32")
-    for head_dim in HEAD_DIMS
-}
+
+def candidates(kernel: Kernel, dtype: str, head_dim: int) -> tuple[Config, ...]:
+    """List what may be chosen: the shipped choices and others worth a trial."""
+    if dtype == "half":
+        more = {128: _HALF_128, 256: _HALF_256}.get(head_dim, _HALF)[kernel]
+    else:
+        more = _SINGLE if head_dim < 256 else _SINGLE_256
+    return tuple(dict.fromkeys([*DEFAULTS[kernel, dtype, head_dim].values(), *more]))

@@ -104,7 +104,7 @@ def _configurations() -> list[object]:
     for kernel, dtype, dim in product(tuning.KERNELS, ("half", "ieee", "tf32"), tuning.HEAD_DIMS):
         for config in tuning.candidates(kernel, dtype, dim):
             name = f"{kernel}-{dtype}-{dim}-{config.block_own}x{config.block_other}"
-            name += f"-{config.num_warps}-{config.num_stages}"
+            name += f"-{config.num_warps}-{config.num_stages}-{config.max_registers}"
             found.append(pytest.param(kernel, dtype, dim, config, id=name))
     return found
 
@@ -232,9 +232,10 @@ def test_cuda_graph_replays_with_new_inputs() -> None:
     grad = torch.randn_like(leaves[0])
 
     def step() -> tuple[Tensor, ...]:
-        out = sparse_attention(*leaves, layout)
+        inside = [x.detach().requires_grad_() for x in leaves]
+        out = sparse_attention(*inside, layout)
         assert isinstance(out, Tensor)
-        return out, *torch.autograd.grad(out, leaves, grad)
+        return out.detach(), *torch.autograd.grad(out, inside, grad)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -253,6 +254,7 @@ def test_cuda_graph_replays_with_new_inputs() -> None:
 
 
 @on_gpu
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compiled_whole_and_without_breaks() -> None:
     layout, leaves = _cuda_problem(MIXED, 777)
 

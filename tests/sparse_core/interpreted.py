@@ -1,0 +1,93 @@
+"""Run the real kernels on the CPU in Triton's interpreter; test_interpreter starts it.
+
+The interpreter must be switched on before triton is imported, hence a process of its own. It has no
+bfloat16 products, so those are tried on GPUs only.
+"""
+
+import sys
+import time
+
+import torch
+
+from sparse_core import kernels
+from sparse_core.patterns import (
+    BlockList,
+    Causal,
+    Dense,
+    DilatedWindow,
+    GlobalTokens,
+    Pattern,
+    RandomBlocks,
+    SlidingWindow,
+    Strided,
+)
+from sparse_core.testing import Engine, check_against_float64, make_inputs
+
+PATTERNS = [
+    Dense(),
+    Causal(),
+    SlidingWindow(5),
+    SlidingWindow(left=40, right=0),
+    DilatedWindow(3, 4),
+    Strided(3, block=16),
+    GlobalTokens(2, (50,)),
+    RandomBlocks(2, 16),
+    BlockList(((0, 1), (2, 0)), 16),
+    SlidingWindow(20) | GlobalTokens(2) | RandomBlocks(2, 16),
+    (SlidingWindow(20) | DilatedWindow(5, 7) | GlobalTokens(1)) & Causal(),
+]
+DTYPES = (torch.float32, torch.float16)
+TOKENS = (63, 129, 2, 100, 1)
+HEADS = ((2, 2), (4, 2), (1, 1))
+HEAD_DIMS = (16, 48, 32, 72)
+PLAIN = (False, True, False)
+
+
+def main() -> int:
+    """Try each pattern with two settings of the rest, so that any two values meet somewhere."""
+    torch.set_num_threads(1)
+    assert kernels.INTERPRETED, "set TRITON_INTERPRET=1"
+    begin = time.perf_counter()
+    for number in range(2 * len(PATTERNS)):
+        heads, kv_heads = HEADS[number % 3]
+        _check(
+            PATTERNS[number % len(PATTERNS)],
+            tokens=TOKENS[number % 5],
+            dtype=DTYPES[(number // len(PATTERNS) + number) % 2],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=HEAD_DIMS[number % 4],
+            plain=PLAIN[(number + number // 7) % 3],
+            packed=number % 5 < 2,
+        )
+    _check(
+        SlidingWindow(60) | GlobalTokens(3), tokens=1000, dtype=torch.float32, heads=1, kv_heads=1,
+        head_dim=16, plain=True, packed=False,
+    )  # fmt: skip
+    print(f"{2 * len(PATTERNS) + 1} cases agree, {time.perf_counter() - begin:.0f} s")
+    return 0
+
+
+def _check(
+    pattern: Pattern,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    plain: bool,
+    packed: bool,
+) -> None:
+    begin = time.perf_counter()
+    inputs = make_inputs(tokens, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    segments = [tokens // 3, 0, tokens - tokens // 3] if packed else None
+    name = f"{pattern}, {tokens} tokens, {dtype}, {heads}/{kv_heads} x {head_dim}, {plain=}"
+    print(name, segments or "", end=" ", flush=True)
+    engine = Engine("triton", "cpu")
+    check_against_float64(pattern, inputs, engine, segments=segments, plain=plain)
+    print(f"{time.perf_counter() - begin:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
