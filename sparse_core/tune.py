@@ -209,8 +209,8 @@ def _time(trial: Trial) -> float:
         out, lse = forward()
         call = engine.Backward(
             q=q, k=k, v=v, grad_out=grad, out=out, lse=lse, grad_lse=torch.zeros_like(lse),
-            key_bias=None, alibi_slopes=None, delta=torch.zeros_like(lse), layout=layout,
-            scale=scale, precision=precision,
+            key_bias=None, alibi_slopes=None, delta=torch.zeros_like(lse),
+            shift=torch.zeros_like(lse), layout=layout, scale=scale, precision=precision,
         )  # fmt: skip
         return _median(call.by_queries if trial.kernel == "query" else call.by_keys)
 

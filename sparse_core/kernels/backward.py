@@ -1,8 +1,9 @@
 """Gradients in two passes without atomics: dQ by query blocks, then dK and dV by key blocks.
 
 Probabilities come again from the log-sum-exp (Dao et al. 2022, algorithm 4). The first pass leaves
-delta, the row sums of out * grad_out less the log-sum-exp's gradient, for the second. The second
-works on transposed tiles (keys by queries), so that no dot's result is ever transposed.
+two numbers of each query for the second: delta, the sum of out * grad_out less the log-sum-exp's
+gradient, and shift, the log-sum-exp in base 2, +inf where there are no keys. The second works on
+transposed tiles (keys by queries), so that no dot's result is ever transposed.
 """
 
 import triton
@@ -37,7 +38,7 @@ def query_steps(
     q2,
     do1,
     do2,
-    row_lse,
+    row_shift,
     delta,
     k,
     v,
@@ -98,7 +99,7 @@ def query_steps(
             scores += (bias * LOG2_E)[None, :]
         if slope is not None:
             scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
-        weights = tl.math.exp2(scores * scale - row_lse[:, None])
+        weights = tl.math.exp2(scores * scale - row_shift[:, None])
         if MASKED:
             other_flags = tl.load(key_flags + tokens, mask=exists, other=0)
             kept = kept_pairs(
@@ -133,6 +134,7 @@ def query_kernel(
     lse,
     grad_lse,
     delta,
+    shift,
     key_bias,
     slopes,
     grad_q,
@@ -228,11 +230,12 @@ def query_kernel(
         dq2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
     rows = line * num_queries + tokens
     row_delta -= tl.load(grad_lse + rows, mask=exists, other=0.0)
-    if slot < 0 or first == 0:
-        tl.store(delta + rows, row_delta, mask=exists)
     row_lse = tl.load(lse + rows, mask=exists, other=-float("inf"))
     # a row without keys has weights of 0, whatever its scores
-    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
+    row_shift = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
+    if slot < 0 or first == 0:
+        tl.store(delta + rows, row_delta, mask=exists)
+        tl.store(shift + rows, row_shift, mask=exists)
     places, known = tokens, exists
     if PRIOR or not FINAL:
         if state_of is not None:
@@ -248,13 +251,13 @@ def query_kernel(
             parts[s], group, block, first, last, passed, num_blocks
         )
         dq1, dq2, by_distance = query_steps(
-            dq1, dq2, by_distance, q1, q2, do1, do2, row_lse, row_delta, k, v, key_bias, slope,
+            dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, key_bias, slope,
             parts[s], num_keys, numbers[s], key_coords, key_flags, tokens, own_coords, own_flags,
             own_inner, begin, middle, stride_kt, stride_vt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
         dq1, dq2, by_distance = query_steps(
-            dq1, dq2, by_distance, q1, q2, do1, do2, row_lse, row_delta, k, v, key_bias, slope,
+            dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, key_bias, slope,
             parts[s], num_keys, numbers[s], key_coords, key_flags, tokens, own_coords, own_flags,
             own_inner, middle, end, stride_kt, stride_vt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
@@ -297,8 +300,8 @@ def key_steps(
     own_bias,
     q,
     grad_out,
-    lse,
     delta,
+    shift,
     slope,
     part,
     num_others,
@@ -354,10 +357,12 @@ def key_steps(
             scores += own_bias[:, None]
         if slope is not None:
             scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
-        row_lse = tl.load(lse + tokens, mask=exists, other=-float("inf"))
-        row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
-        row_delta = tl.load(delta + tokens, mask=exists, other=0.0)
-        weights = tl.math.exp2(scores * scale - row_lse[None, :])
+        if CHECK:
+            row_shift = tl.load(shift + tokens, mask=exists, other=float("inf"))
+            row_delta = tl.load(delta + tokens, mask=exists, other=0.0)
+        else:
+            row_shift, row_delta = tl.load(shift + tokens), tl.load(delta + tokens)
+        weights = tl.math.exp2(scores * scale - row_shift[None, :])
         if MASKED:
             other_flags = tl.load(query_flags + tokens, mask=exists, other=0)
             kept = kept_pairs(
@@ -388,8 +393,8 @@ def key_kernel(
     k,
     v,
     grad_out,
-    lse,
     delta,
+    shift,
     key_bias,
     slopes,
     grad_k,
@@ -505,7 +510,7 @@ def key_kernel(
         )
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            lse + line * num_queries, delta + line * num_queries, slope, parts[s],
+            delta + line * num_queries, shift + line * num_queries, slope, parts[s],
             num_queries, numbers[s],
             query_coords, query_flags, tokens, own_coords, own_flags,
             own_inner, begin, middle,
@@ -514,7 +519,7 @@ def key_kernel(
         )  # fmt: skip
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            lse + line * num_queries, delta + line * num_queries, slope, parts[s],
+            delta + line * num_queries, shift + line * num_queries, slope, parts[s],
             num_queries, numbers[s],
             query_coords, query_flags, tokens, own_coords, own_flags,
             own_inner, middle, end,

@@ -109,6 +109,7 @@ def backward(
         key_bias=_contiguous(key_bias),
         alibi_slopes=_contiguous(alibi_slopes),
         delta=torch.empty_like(lse, memory_format=torch.contiguous_format),
+        shift=torch.empty_like(lse, memory_format=torch.contiguous_format),
         layout=layout,
         scale=scale,
         precision=precision,
@@ -126,7 +127,7 @@ def backward(
 
 @dataclass(frozen=True)
 class Backward:
-    """The inputs of one backward call, made contiguous; the first pass leaves `delta` behind."""
+    """The contiguous inputs of one backward call; the first pass fills `delta` and `shift`."""
 
     q: Tensor
     k: Tensor
@@ -138,6 +139,7 @@ class Backward:
     key_bias: Tensor | None
     alibi_slopes: Tensor | None
     delta: Tensor
+    shift: Tensor
     layout: BlockLayout
     scale: float
     precision: str
@@ -159,6 +161,7 @@ class Backward:
             slopes = q.new_zeros((q.shape[0], q.shape[2], grid[0]), dtype=torch.float32)
             query_kernel[grid](
                 q, self.k, self.v, self.out, self.grad_out, self.lse, self.grad_lse, self.delta,
+                self.shift,
                 self.key_bias, self.alibi_slopes, grad_q, slopes, state.rows, step.state_of,
                 pieces.rows, step.launch.items, step.group_of, step.own, parts, numbers,
                 *self._numbers(step, tile),
@@ -191,7 +194,7 @@ class Backward:
                 layout, step.launch, "keys", config.block_other, _apart(q, self.grad_out)
             )
             key_kernel[step.grid(tile, q)](
-                q, k, self.v, self.grad_out, self.lse, self.delta, self.key_bias,
+                q, k, self.v, self.grad_out, self.delta, self.shift, self.key_bias,
                 self.alibi_slopes, grad_k, grad_v, bias, state_k.rows, state_v.rows,
                 state_k.vector, step.state_of, pieces_k.rows, pieces_v.rows, pieces_k.vector,
                 step.launch.items, step.group_of, step.own, parts, numbers,

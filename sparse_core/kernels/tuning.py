@@ -173,7 +173,7 @@ def _any(*values: int) -> dict[str, Config]:
 
 DEFAULTS: Table = {
     ("forward", "half", 32): _any(64, 64, 4, 2, 128),
-    ("forward", "half", 64): _any(64, 64, 4, 2, 128),
+    ("forward", "half", 64): _any(64, 64, 4, 3, 128),
     ("forward", "half", 128): _any(64, 64, 4, 2),
     ("forward", "half", 256): _any(64, 32, 4, 2),
     ("query", "half", 32): _any(64, 32, 4, 3, 128),
@@ -181,7 +181,7 @@ DEFAULTS: Table = {
     ("query", "half", 128): _any(64, 64, 4, 2),
     ("query", "half", 256): _any(64, 32, 4, 1),
     ("key", "half", 32): _any(64, 32, 4, 3, 128),
-    ("key", "half", 64): _any(64, 32, 4, 3, 168),
+    ("key", "half", 64): _any(64, 32, 4, 3, 128),
     ("key", "half", 128): _any(64, 64, 4, 2),
     ("key", "half", 256): _any(64, 32, 8, 1),
     ("forward", "ieee", 32): _any(32, 32, 4, 2),
