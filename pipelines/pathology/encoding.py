@@ -21,6 +21,7 @@ _STATS_REVISION = 1
 _QUANTILES = (0.05, 0.5, 0.95)
 _SCALES = (1, 2, 4)
 _STAIN_BINS = 256
+_GROUP = 3  # tiles at once: the scratch arrays of more are mapped anew for each group
 # Ruifrok and Johnston 2001: haematoxylin and eosin in optical density, and their residual
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 _STAIN_RANGE = (-0.3, 1.2)
@@ -91,6 +92,10 @@ class StatsEncoder:
         """Encode uint8 RGB [n, h, w, 3], h and w at least 16, as float32 [n, dim]."""
         _check_tiles(tiles)
         tiles = np.ascontiguousarray(tiles)
+        groups = range(0, len(tiles), _GROUP)
+        return np.concatenate([self._encode(tiles[start : start + _GROUP]) for start in groups])
+
+    def _encode(self, tiles: np.ndarray) -> np.ndarray:
         grey = _luma(tiles)
         blocks = _texture(grey, standardise=self.grey)
         if not self.grey:
@@ -242,16 +247,23 @@ def _halve(grey: np.ndarray) -> np.ndarray:
     return ((total + 2) >> 2).astype(np.uint8)
 
 
+def _halve_rgb(tiles: np.ndarray) -> np.ndarray:
+    """The same as `_halve` for [n, h, w, 3]."""
+    size = tiles.shape[2], tiles.shape[1]
+    images = [Image.frombuffer("RGB", size, t, "raw", "RGB", 0, 1).reduce(2) for t in tiles]
+    return np.stack(images)[:, : size[1] // 2, : size[0] // 2]
+
+
 def _colour(tiles: np.ndarray) -> list[np.ndarray]:
     """Columns [n] from histograms of R, G, B and of the two stains."""
-    channels = [tiles[..., c] for c in range(3)]
     blocks: list[np.ndarray] = []
     density = -np.log10((np.arange(256) + 1) / 256)
-    for channel in channels:
-        counts = _histogram(channel)
+    all_counts = _rgb_histograms(tiles)
+    for channel in range(3):
+        counts = all_counts[:, channel]
         blocks += _summary(counts, np.arange(256) / 255)
         blocks += _moments(counts, density)
-    small = np.stack([_halve(channel) for channel in channels])
+    small = _halve_rgb(tiles)
     unmix = np.linalg.inv(_STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True))
     low, high = _STAIN_RANGE
     centres = low + (np.arange(_STAIN_BINS) + 0.5) * (high - low) / _STAIN_BINS
@@ -259,7 +271,7 @@ def _colour(tiles: np.ndarray) -> list[np.ndarray]:
         # fixed point, so that no rounding depends on how the loop is vectorised
         step = (high - low) / _STAIN_BINS / 256
         tables = np.rint(density[:, None] * unmix[:, stain] / step).astype(np.int32)
-        value = sum(tables[:, c][small[c]] for c in range(3)) - round(low / step)
+        value = sum(np.take(tables[:, c], small[..., c]) for c in range(3)) - round(low / step)
         bins = np.clip(value >> 8, 0, _STAIN_BINS - 1).astype(np.uint8)
         blocks += _summary(_histogram(bins), centres)
     return blocks
@@ -284,18 +296,31 @@ def _texture(grey: np.ndarray, *, standardise: bool) -> list[np.ndarray]:
 
 
 def _energies(grey: np.ndarray, variance: np.ndarray, unit: np.ndarray) -> list[np.ndarray]:
-    wide = grey.astype(np.int16)
-    right = wide[:, :, 1:] - wide[:, :, :-1]
-    down = wide[:, 1:] - wide[:, :-1]
-    laplacian = right[:, 1:-1, 1:] - right[:, 1:-1, :-1] + down[:, 1:, 1:-1] - down[:, :-1, 1:-1]
+    right = _distance(grey[:, :, 1:], grey[:, :, :-1])
+    down = _distance(grey[:, 1:], grey[:, :-1])
     square = (_mean_square(right) + _mean_square(down)) / 2
     return [
-        (_mean_size(right) + _mean_size(down)) / 2 / unit,
+        (_mean(right) + _mean(down)) / 2 / unit,
         np.sqrt(square) / unit,
-        np.sqrt(_mean_square(laplacian)) / unit,
+        np.sqrt(_mean_square(_laplacian(grey))) / unit,
         # correlation of neighbours, from E[(a - b)^2] = 2 var (1 - r)
         1 - np.minimum(square / 2 / np.maximum(variance, 1e-12), 2.0),
     ]
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Absolute difference of uint8, as uint8."""
+    return np.maximum(a, b) - np.minimum(a, b)
+
+
+def _laplacian(grey: np.ndarray) -> np.ndarray:
+    """Sum of the four neighbours less four times the pixel, int16 [n, h - 2, w - 2]."""
+    wide = grey.astype(np.int16)
+    neighbours = wide[:, 1:-1, 2:] + wide[:, 1:-1, :-2]
+    neighbours += wide[:, 2:, 1:-1]
+    neighbours += wide[:, :-2, 1:-1]
+    neighbours -= wide[:, 1:-1, 1:-1] << 2
+    return neighbours
 
 
 def _binary_patterns(grey: np.ndarray) -> list[np.ndarray]:
@@ -303,9 +328,10 @@ def _binary_patterns(grey: np.ndarray) -> list[np.ndarray]:
     height, width = grey.shape[1:]
     centre = grey[:, 1:-1, 1:-1]
     code = np.zeros(centre.shape, dtype=np.uint8)
-    for bit, (dy, dx) in enumerate(_RING):
+    for dy, dx in reversed(_RING):
         neighbour = grey[:, 1 + dy : height - 1 + dy, 1 + dx : width - 1 + dx]
-        code |= (neighbour >= centre).view(np.uint8) << np.uint8(bit)
+        code += code  # a shift by one bit, which NumPy does faster as a sum
+        code += (neighbour >= centre).view(np.uint8)
     shares = _histogram(code) / (centre.shape[1] * centre.shape[2])
     return [_row_sum(shares[:, kind == _UNIFORM]) for kind in range(10)]
 
@@ -322,8 +348,19 @@ _UNIFORM = _uniform_patterns()
 
 
 def _histogram(values: np.ndarray) -> np.ndarray:
-    """Counts int64 [n, 256] of uint8 [n, ...]."""
-    return np.stack([np.bincount(tile.ravel(), minlength=256) for tile in values])
+    """Counts int64 [n, 256] of uint8 [n, h, w]."""
+    values = np.ascontiguousarray(values)
+    size = values.shape[2], values.shape[1]
+    # Pillow counts bytes as they are; NumPy would first make eight bytes of each
+    counts = [Image.frombuffer("L", size, v, "raw", "L", 0, 1).histogram() for v in values]
+    return np.array(counts, dtype=np.int64)
+
+
+def _rgb_histograms(tiles: np.ndarray) -> np.ndarray:
+    """Counts int64 [n, 3, 256] of uint8 [n, h, w, 3]."""
+    size = tiles.shape[2], tiles.shape[1]
+    counts = [Image.frombuffer("RGB", size, t, "raw", "RGB", 0, 1).histogram() for t in tiles]
+    return np.array(counts, dtype=np.int64).reshape(len(tiles), 3, 256)
 
 
 def _summary(counts: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
@@ -346,21 +383,22 @@ def _row_sum(values: np.ndarray) -> np.ndarray:
     return values.cumsum(axis=1, dtype=np.float64)[:, -1]
 
 
-def _mean_size(values: np.ndarray) -> np.ndarray:
-    flat = np.abs(values).reshape(len(values), -1)
-    return flat.sum(axis=1, dtype=np.int64) / flat.shape[1]
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean [n] of uint8 [n, h, w], from whole numbers."""
+    rows = values.sum(axis=2, dtype=np.uint32)
+    return rows.sum(axis=1, dtype=np.int64) / (values.shape[1] * values.shape[2])
 
 
 def _mean_square(values: np.ndarray) -> np.ndarray:
-    # whole numbers below 2**53: the order of a float64 sum does not matter
-    flat = values.reshape(len(values), -1).astype(np.float64)
-    return np.einsum("ij,ij->i", flat, flat) / flat.shape[1]
+    """Mean square [n] of uint8 or of int16 below 1,024 [n, h, w], from whole numbers."""
+    kind = np.uint16 if values.dtype == np.uint8 else np.int32
+    squares = np.multiply(values, values, dtype=kind)
+    rows = squares.sum(axis=2, dtype=np.uint32)
+    return rows.sum(axis=1, dtype=np.int64) / (values.shape[1] * values.shape[2])
 
 
 def _variance(grey: np.ndarray) -> np.ndarray:
-    flat = grey.reshape(len(grey), -1)
-    mean = flat.sum(axis=1, dtype=np.int64) / flat.shape[1]
-    return np.maximum(_mean_square(flat) - mean**2, 0.0)
+    return np.maximum(_mean_square(grey) - _mean(grey) ** 2, 0.0)
 
 
 def _import_timm() -> ModuleType:
