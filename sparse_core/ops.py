@@ -55,10 +55,15 @@ def sparse_attention(
     engine = choose_engine(backend, q)
     if engine == "reference":
         out, lse = _run_reference(q, k, v, layout, scale, key_bias, alibi_slopes)
-    else:
+    elif torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
         tensors, numbers = _flatten(layout)
         out, lse = torch.ops.gigasparse.attention(
             q, k, v, key_bias, alibi_slopes, tensors, numbers, scale, engine, precision
+        )
+    else:
+        q, k, v = _autocast(q, k, v)
+        out, lse = _Attention.apply(
+            q, k, v, key_bias, alibi_slopes, layout, scale, engine, precision
         )
     return (out, lse) if return_lse else out
 
@@ -115,6 +120,95 @@ def merge_attention(
     return out.to(outs[0].dtype), lse
 
 
+class _Attention(torch.autograd.Function):
+    """The op without its schema: what a call costs besides its kernels is several times less."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, key_bias, alibi_slopes, layout, scale, engine, precision):  # type: ignore[no-untyped-def]
+        """Run the engine."""
+        ctx.set_materialize_grads(False)
+        out, lse = _forward(q, k, v, key_bias, alibi_slopes, layout, scale, engine, precision)
+        ctx.save_for_backward(q, k, v, out, lse, key_bias, alibi_slopes)
+        ctx.rest = layout, scale, engine, precision
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+        """Run the engine's backward."""
+        q, k, v, out, lse, key_bias, alibi_slopes = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grads = _backward(grad_out, grad_lse, q, k, v, out, lse, key_bias, alibi_slopes, *ctx.rest)
+        return *grads, None, None, None, None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, take q, k and v in its dtype."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    layout: BlockLayout,
+    scale: float,
+    engine: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    _CALLS[engine] += 1
+    with torch.amp.autocast(q.device.type, enabled=False):
+        if engine == "triton":
+            from sparse_core.kernels import engine as triton_engine
+
+            return triton_engine.forward(
+                q, k, v, layout,
+                scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes, precision=precision,
+            )  # fmt: skip
+        return blockwise.forward(
+            q, k, v, layout, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes
+        )
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    layout: BlockLayout,
+    scale: float,
+    engine: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    _CALLS[engine] += 1
+    inputs = grad_out, grad_lse, q, k, v, out, lse, layout
+    with torch.amp.autocast(q.device.type, enabled=False):
+        if engine == "triton":
+            from sparse_core.kernels import engine as triton_engine
+
+            grads = triton_engine.backward(
+                *inputs,
+                scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes, precision=precision,
+            )  # fmt: skip
+        else:
+            grads = blockwise.backward(
+                *inputs, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes
+            )
+    return grads.q, grads.k, grads.v, grads.key_bias, grads.alibi_slopes
+
+
 @torch.library.custom_op("gigasparse::attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -129,17 +223,7 @@ def _attention(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     layout = _unflatten(layout_tensors, layout_numbers)
-    _CALLS[engine] += 1
-    if engine == "triton":
-        from sparse_core.kernels import engine as triton_engine
-
-        return triton_engine.forward(
-            q, k, v, layout,
-            scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes, precision=precision,
-        )  # fmt: skip
-    return blockwise.forward(
-        q, k, v, layout, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes
-    )
+    return _forward(q, k, v, key_bias, alibi_slopes, layout, scale, engine, precision)
 
 
 @_attention.register_fake
@@ -179,23 +263,12 @@ def _attention_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = _unflatten(layout_tensors, layout_numbers)
-    _CALLS[engine] += 1
-    if engine == "triton":
-        from sparse_core.kernels import engine as triton_engine
-
-        grads = triton_engine.backward(
-            grad_out, grad_lse, q, k, v, out, lse, layout,
-            scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes, precision=precision,
-        )  # fmt: skip
-    else:
-        grads = blockwise.backward(
-            grad_out, grad_lse, q, k, v, out, lse, layout,
-            scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes,
-        )  # fmt: skip
-    none = q.new_empty(0)
-    dbias = none if grads.key_bias is None else grads.key_bias
-    dslopes = q.new_empty(0) if grads.alibi_slopes is None else grads.alibi_slopes
-    return grads.q, grads.k, grads.v, dbias, dslopes
+    dq, dk, dv, dbias, dslopes = _backward(
+        grad_out, grad_lse, q, k, v, out, lse, key_bias, alibi_slopes, layout, scale, engine,
+        precision,
+    )  # fmt: skip
+    dbias = q.new_empty(0) if dbias is None else dbias
+    return dq, dk, dv, dbias, q.new_empty(0) if dslopes is None else dslopes
 
 
 @_attention_backward.register_fake

@@ -229,7 +229,8 @@ def query_kernel(
         row_delta += tl.sum(o2.to(tl.float32) * do2.to(tl.float32), 1)
         dq2 = tl.zeros((BLOCK_OWN, D2), tl.float32)
     rows = line * num_queries + tokens
-    row_delta -= tl.load(grad_lse + rows, mask=exists, other=0.0)
+    if grad_lse is not None:
+        row_delta -= tl.load(grad_lse + rows, mask=exists, other=0.0)
     row_lse = tl.load(lse + rows, mask=exists, other=-float("inf"))
     # a row without keys has weights of 0, whatever its scores
     row_shift = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
@@ -241,7 +242,7 @@ def query_kernel(
         if state_of is not None:
             places = tl.load(state_of + tokens, mask=exists, other=-1)
             known = places >= 0
-    state += line * num_states * D
+    states = line * num_states * D
     own_coords = load_coords(query_coords, tokens, exists, P)
     own_flags = tl.load(query_flags + tokens, mask=exists, other=0)
     by_distance = tl.zeros((BLOCK_OWN,), tl.float32)
@@ -272,18 +273,18 @@ def query_kernel(
             store_rows(partial, own_inner, D, exists, dq2, D, D1, D2)
         return
     if PRIOR:
-        dq1 += load_rows(state, 0, places, D, known, D, 0, D1, True)
+        dq1 += load_rows(state + states, 0, places, D, known, D, 0, D1, True)
         if D2 > 0:
-            dq2 += load_rows(state, 0, places, D, known, D, D1, D2, True)
+            dq2 += load_rows(state + states, 0, places, D, known, D, D1, D2, True)
     if FINAL:
         grad_q += (sample * num_queries * num_heads + head) * D
         store_rows(grad_q, tokens, num_heads * D, exists, dq1, D, 0, D1)
         if D2 > 0:
             store_rows(grad_q, tokens, num_heads * D, exists, dq2, D, D1, D2)
     else:
-        store_rows(state, places, D, exists, dq1, D, 0, D1)
+        store_rows(state + states, places, D, exists, dq1, D, 0, D1)
         if D2 > 0:
-            store_rows(state, places, D, exists, dq2, D, D1, D2)
+            store_rows(state + states, places, D, exists, dq2, D, D1, D2)
 
 
 @triton.jit

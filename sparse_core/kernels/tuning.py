@@ -121,6 +121,15 @@ def forced(configs: dict[Kernel, Config]) -> Iterator[None]:
         _FORCED.update(before)
 
 
+def state() -> tuple[object, ...]:
+    """What choices depend on besides their arguments: changes when they may."""
+    return _GENERATION[0], *_FORCED.items()
+
+
+_GENERATION = [0]
+"""Counts the files of choices written by this process."""
+
+
 def cache_path(device: torch.device | None = None) -> Path:
     """File of the choices tuned on this GPU, in GIGASPARSE_CACHE or the user's cache folder."""
     folder = os.environ.get("GIGASPARSE_CACHE")
@@ -153,6 +162,7 @@ def save(path: Path, choices: dict[str, Config]) -> None:
     aside.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     aside.replace(path)
     load.cache_clear()
+    _GENERATION[0] += 1
 
 
 def ptxas_version() -> str:

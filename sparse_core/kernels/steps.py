@@ -1,0 +1,154 @@
+"""One launch made ready: all that a kernel takes besides the tensors of a call.
+
+Making steps ready costs more host time than a short kernel runs, so a layout remembers its own.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparse_core.kernels import tuning
+from sparse_core.kernels.arguments import (
+    Own,
+    other_side,
+    own_side,
+    split_head_dim,
+    tile_of,
+)
+from sparse_core.layout import BlockLayout
+from sparse_core.schedule import Agenda, Launch
+
+
+@dataclass(frozen=True)
+class Step:
+    """A launch of an agenda: its kernel's configuration and arguments.
+
+    `final` says that it writes results, `prior` that it goes on from a state. `description` are the
+    tensors that describe the layout, `sizes` its numbers, `constants` what is compiled.
+    """
+
+    own: Own
+    final: bool
+    prior: bool
+    num_programs: int
+    num_slots: int
+    num_states: int
+    state_of: Tensor | None
+    group_of: Tensor | None
+    splits: Tensor
+    description: tuple[object, ...]
+    sizes: tuple[int, ...]
+    constants: dict[str, object]
+
+    def grid(self, q: Tensor) -> tuple[int, int, int]:
+        """Programs by items and tiles, heads, samples."""
+        return self.num_programs, q.shape[2], q.shape[0]
+
+
+def steps(
+    kernel: tuning.Kernel,
+    layout: BlockLayout,
+    q: Tensor,
+    k: Tensor,
+    *,
+    token_elements: int,
+    precision: str,
+) -> tuple[Step, ...]:
+    """Make the launches of a kernel ready, or find them as they were for such inputs before.
+
+    `token_elements` is how far apart, at most, tokens of the other side lie in memory.
+    """
+    known = layout.__dict__.setdefault("_steps", {})
+    inputs = (q.dtype, q.device, q.shape[2:], k.shape[2], token_elements, precision)
+    key = (kernel, inputs, tuning.state())
+    if key not in known:
+        known[key] = _make(kernel, layout, q, k, token_elements, precision)
+    found: tuple[Step, ...] = known[key]
+    return found
+
+
+def _make(
+    kernel: tuning.Kernel,
+    layout: BlockLayout,
+    q: Tensor,
+    k: Tensor,
+    token_elements: int,
+    precision: str,
+) -> tuple[Step, ...]:
+    side = tuning.SIDE_OF[kernel]
+    agenda: Agenda = getattr(layout.schedule, side)
+    last = len(agenda.launches) - 1
+    found = []
+    for number, launch in enumerate(agenda.launches):
+        if not launch.items.shape[1]:
+            continue
+        final = agenda.complete and number == last
+        prior = agenda.num_states > 0 and not (number == 0 and agenda.fresh)
+        config = tuning.choose(kernel, q, launch, layout, precision)
+        own = own_side(layout, launch, side)
+        parts, numbers, meta = other_side(layout, launch, side, config.block_other, token_elements)
+        tile = tile_of(own.size, config.block_own)
+        own_tiles = -(-own.size // tile)
+        constants = _constants(launch, own, q, config, tile) | {
+            "META": meta,
+            "NUM_PARTS": len(parts),
+            "P": layout.query_coords.shape[1],
+            "FINAL": final,
+            "PRIOR": prior,
+            "PRECISION": precision,
+        }
+        group_of = layout.group_of if layout.group_of.numel() else None
+        found.append(
+            Step(
+                own=own,
+                final=final,
+                prior=prior,
+                num_programs=launch.items.shape[1] * own_tiles,
+                num_slots=launch.num_slots,
+                num_states=agenda.num_states,
+                state_of=agenda.state_of if agenda.state_of.numel() else None,
+                group_of=group_of,
+                splits=launch.splits,
+                description=(
+                    launch.items,
+                    group_of,
+                    own,
+                    parts,
+                    numbers,
+                    layout.query_coords,
+                    layout.key_coords,
+                    layout.query_flags,
+                    layout.key_flags,
+                ),
+                sizes=(
+                    layout.num_queries,
+                    layout.num_keys,
+                    launch.items.shape[1],
+                    agenda.num_states,
+                    launch.num_slots,
+                    len(own.start),
+                    own_tiles,
+                    q.shape[2] // k.shape[2],
+                ),
+                constants=constants,
+            )
+        )
+    return tuple(found)
+
+
+def _constants(
+    launch: Launch, own: Own, q: Tensor, config: tuning.Config, tile: int
+) -> dict[str, object]:
+    first, second = split_head_dim(q.shape[3])
+    return {
+        "OWN_INDEXED": own.order.numel() > 0,
+        "OWN_REGULAR": launch.own_regular,
+        "D": q.shape[3],
+        "D1": first,
+        "D2": second,
+        "BLOCK_OWN": tile,
+        "BLOCK_OTHER": config.block_other,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.max_registers or None,
+    }
