@@ -55,7 +55,7 @@ class SlideDataset(Dataset[Example]):
         if self.shuffle_positions:
             coords = np.random.default_rng((self.seed, index)).permutation(coords)
         return Example(
-            inputs=torch.from_numpy(np.ascontiguousarray(features)),
+            inputs=torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)),
             coords=torch.from_numpy(coords),
             target=None if self.targets is None else self.targets[index],
             id=self.slide_ids[index],

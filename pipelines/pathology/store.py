@@ -1,36 +1,51 @@
 """Keep tile features on disk: one Zarr group per slide, complete or absent.
 
+    index.csv                      a line per slide, so that a cohort is known from one file
     <slide_id>.zarr/
       grid      int32   [N, 2]     column and row on the tile grid: the truth about position
       xy0       int64   [N, 2]     tile corner in level-0 pixels
-      tissue    float32 [N]        share of tissue
-      features/<encoder> float32 [N, E]
+      tissue    float32 [N]        share of tissue; NaN where it is not known
+      features/<encoder> float     [N, E]
       overview  uint8   [h, w, 3]  the slide at about 8 um per pixel, for heatmaps
       mask      bool    [h, w]     tissue on the overview
+      source_row int64  [N]        row in the file of another tool that it was imported from
 
-Rows stand in Hilbert order. Attributes tell where everything came from.
+Rows stand in Hilbert order. Attributes tell where everything came from; `digest` is of the arrays
+alone, so that equal content has equal digests whenever and wherever it was written. Imported slides
+have no overview and no mask, slides of our own no source_row.
 """
 
 import glob
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import zarr
 
+from pipelines.pathology.chunk_files import read_rows
 from pipelines.pathology.encoding import TileEncoder
 from pipelines.pathology.slides import SlideReader
 from pipelines.pathology.tiling import TilePlan, Tiles
 from pipelines.shared.errors import InputError
+from pipelines.shared.tables import read_table, write_table
 
 SCHEMA = 1
+INDEX_COLUMNS = (
+    "slide_id", "num_tiles", "num_features", "encoder", "encoder_fingerprint", "plan_hash",
+    "mpp", "mpp_source", "digest",
+)  # fmt: skip
 _ENDING = ".zarr"
+_INDEX = "index.csv"
 _ROWS_PER_CHUNK = 4096
+_ROWS_PER_SHARD = 16 * _ROWS_PER_CHUNK
+_ROWS_WITHOUT_SHARDS = 500_000  # below, shards cost more time than their fewer files save
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +65,8 @@ class SlideFeatures:
     """One slide's tiles, rows in Hilbert order; what is large is read when it is asked for.
 
     `grid` int32 [N, 2] (col, row), `xy0` int64 [N, 2], `tissue` float32 [N]; `num_features` is E;
-    `dimensions` (width, height) and the tile's side `pitch0` in level-0 pixels, `mpp` in
-    micrometres per such pixel; `attributes` are the group's.
+    `dimensions` (width, height) and the distance `pitch0` of neighbouring tiles in level-0 pixels,
+    `mpp` in micrometres per such pixel; `attributes` are the group's.
     """
 
     slide_id: str
@@ -68,10 +83,27 @@ class SlideFeatures:
     def __len__(self) -> int:
         return len(self.grid)
 
-    def features(self) -> np.ndarray:
-        """Read the features, float32 [N, E]: 4 GB for a million tiles of 1,024."""
-        array = self.folder / "features" / self.attributes["encoder"]
-        return np.asarray(zarr.open_array(array, mode="r")[:])
+    @property
+    def tile0(self) -> float:
+        """The tile's side in level-0 pixels: `pitch0`, but for tiles that overlap."""
+        return float(self.attributes.get("tile0", self.pitch0))
+
+    @property
+    def has_overview(self) -> bool:
+        """Whether there is a picture of the slide and its tissue mask: not where it is imported."""
+        return (self.folder / "overview").is_dir() and (self.folder / "mask").is_dir()
+
+    def features(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Read features [N, E], or rows `start` to `stop`, in the float type they are stored in.
+
+        4 GB for a million tiles of 1,024 in float32. Raises InputError where they are damaged.
+        """
+        return read_rows(self.folder / "features" / self.attributes["encoder"], start, stop)
+
+    def source_rows(self) -> np.ndarray | None:
+        """Read each tile's row [N] in the file it was imported from; None for slides of our own."""
+        array = self.folder / "source_row"
+        return read_rows(array) if array.is_dir() else None
 
     def overview(self) -> np.ndarray:
         """Read the small picture of the slide, uint8 RGB [h, w, 3]."""
@@ -114,7 +146,7 @@ def write_slide(
         "grid": tiles.grid,
         "xy0": tiles.xy0,
         "tissue": tiles.tissue,
-        f"features/{encoder.name}": features.astype(np.float32, copy=False),
+        f"features/{encoder.name}": _as_float(features),
         "overview": tiles.mask.overview,
         "mask": tiles.mask.mask,
     }
@@ -124,16 +156,56 @@ def write_slide(
 def write_group(
     folder: Path, attributes: Mapping[str, object], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Write arrays, uncompressed, and attributes aside and move them into place."""
+    """Write arrays, uncompressed, and attributes aside and move them into place.
+
+    The attribute `digest` is added.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"):
         shutil.rmtree(leftover)
     aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    group = zarr.create_group(aside, zarr_format=3, attributes=dict(attributes))
+    noted = {**attributes, "digest": content_digest(arrays)}
+    group = zarr.create_group(aside, zarr_format=3, attributes=noted)
     for name, array in arrays.items():
-        chunks = (min(_ROWS_PER_CHUNK, array.shape[0]), *array.shape[1:])
-        group.create_array(name, data=array, chunks=chunks, compressors=None)
+        rows = len(array)
+        sharded = rows >= _ROWS_WITHOUT_SHARDS
+        group.create_array(
+            name,
+            data=array,
+            chunks=(max(1, min(_ROWS_PER_CHUNK, rows)), *array.shape[1:]),
+            shards=(_ROWS_PER_SHARD, *array.shape[1:]) if sharded else None,
+            compressors=None,
+            config={"write_empty_chunks": True},  # a missing file is then always damage
+        )
     _move_into_place(aside, folder)
+
+
+def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Digest of arrays: names, types, shapes and values, and nothing of when or where."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        digest.update(f"{name}:{plain.dtype.str}:{plain.shape}".encode())
+        digest.update(plain.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def check_content(folder: Path) -> None:
+    """Compare a slide's arrays with the digest noted when they were written.
+
+    Raises InputError where they differ, a chunk is missing, or there is no complete group.
+    """
+    noted = read_slide(folder).attributes.get("digest")
+    arrays = {
+        path.parent.relative_to(folder).as_posix(): read_rows(path.parent)
+        for path in sorted(folder.rglob("zarr.json"))
+        if json.loads(path.read_text(encoding="utf-8"))["node_type"] == "array"
+    }
+    if noted is not None and content_digest(arrays) != noted:
+        raise InputError(
+            f"{folder}: its content is not what was written (digest {noted[:12]}...); the stored "
+            "slide is damaged: delete this folder and make it again"
+        )
 
 
 def read_slide(folder: Path) -> SlideFeatures:
@@ -156,16 +228,78 @@ def read_slide(folder: Path) -> SlideFeatures:
     )
 
 
-def is_current(folder: Path, expected: Provenance) -> bool:
+def is_current(folder: Path, expected: Provenance | Mapping[str, object]) -> bool:
     """Tell whether a complete group with this very provenance stands at `folder`."""
     attributes = _read_attributes(folder)
-    return attributes is not None and attributes.get("provenance") == asdict(expected)
+    wanted = asdict(expected) if isinstance(expected, Provenance) else dict(expected)
+    return attributes is not None and attributes.get("provenance") == wanted
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
     """Say what a slide's features were made from; None where there are none."""
     attributes = _read_attributes(folder)
     return None if attributes is None else attributes.get("provenance")
+
+
+def list_slides(store: Path) -> list[str]:
+    """Return the ids of a store's complete slides, sorted."""
+    return sorted(folder.relative_to(store).as_posix()[: -len(_ENDING)] for folder in _walk(store))
+
+
+def write_index(store: Path) -> pd.DataFrame:
+    """Write `index.csv` from the groups' attributes and return it, as strings, by slide id."""
+    found = ((name, _read_attributes(slide_folder(store, name))) for name in list_slides(store))
+    rows = [_index_row(store, name, attributes) for name, attributes in found if attributes]
+    table = pd.DataFrame(rows, columns=list(INDEX_COLUMNS), dtype=str)
+    if rows and os.access(store, os.W_OK):  # of a store that is only read it stays in memory
+        write_table(store / _INDEX, table)
+    return table
+
+
+def read_index(store: Path) -> pd.DataFrame:
+    """Read `index.csv`, written anew where slides came, went or changed since.
+
+    Raises InputError for a folder without stored slides.
+    """
+    if not store.is_dir():
+        raise InputError(f"feature folder {store} does not exist; check features=FOLDER")
+    path = store / _INDEX
+    table = read_table(path) if path.is_file() and _is_fresh(path, store) else None
+    if table is None or table["slide_id"].tolist() != list_slides(store):
+        table = write_index(store)
+    if table.empty:
+        raise InputError(
+            f"no stored slides in {store}; make them with `embed` or `import`, or check "
+            "features=FOLDER"
+        )
+    return table
+
+
+def _is_fresh(index: Path, store: Path) -> bool:
+    written = index.stat().st_mtime_ns
+    return all((folder / "zarr.json").stat().st_mtime_ns < written for folder in _walk(store))
+
+
+def _walk(store: Path) -> Iterator[Path]:
+    for folder, names, _ in os.walk(store):
+        groups = [name for name in names if name.endswith(_ENDING)]
+        names[:] = [name for name in names if _ENDING not in name]  # nor what is written aside
+        for name in groups:
+            if (Path(folder) / name / "zarr.json").is_file():
+                yield Path(folder) / name
+
+
+def _index_row(store: Path, slide_id: str, attributes: Mapping[str, Any]) -> list[str]:
+    array = slide_folder(store, slide_id) / "features" / attributes["encoder"] / "zarr.json"
+    num_tiles, num_features = json.loads(array.read_text(encoding="utf-8"))["shape"]
+    known = {**attributes, "slide_id": slide_id, "num_tiles": num_tiles}
+    known["num_features"] = num_features
+    return [str(known.get(column, "")) for column in INDEX_COLUMNS]
+
+
+def _as_float(features: np.ndarray) -> np.ndarray:
+    """Keep half precision, the rest as float32."""
+    return features if features.dtype == np.float16 else features.astype(np.float32, copy=False)
 
 
 def _attributes(
