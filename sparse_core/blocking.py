@@ -14,7 +14,8 @@ class Blocks:
     """R blocks of at most `size` tokens: block r holds positions `start[r] + stride * i`.
 
     Here `i` runs from 0 to `count[r] - 1`. A position is a token's place in the packed sequence,
-    or, if `order` is not empty, a place in that table of tokens. Blocks never share a token.
+    or, if `order` is not empty, a place in that table of tokens. Blocks never share a token; they
+    hold `num_tokens` in all. With `regular`, block r begins at token r * size.
     """
 
     start: Int[Tensor, "R"]
@@ -22,6 +23,8 @@ class Blocks:
     order: Int[Tensor, "N"]
     stride: int
     size: int
+    num_tokens: int
+    regular: bool
 
     def __len__(self) -> int:
         return self.start.shape[0]
@@ -39,7 +42,8 @@ class Blocks:
             return self
         tokens, exists = self.tokens()
         start = (self.count.cumsum(0) - self.count).to(torch.int32)
-        return Blocks(start, self.count, tokens[exists].to(torch.int32), 1, self.size)
+        order = tokens[exists].to(torch.int32)
+        return Blocks(start, self.count, order, 1, self.size, self.num_tokens, regular=False)
 
 
 def sequence_tokens(
@@ -65,6 +69,11 @@ def sequence_tokens(
     else:
         num_tokens = coords
     lengths = torch.as_tensor([num_tokens] if segments is None else segments).to(device).long()
+    if segments is None:
+        index = torch.arange(num_tokens, device=lengths.device, dtype=torch.int32)
+        located = coords.to(torch.int32) if isinstance(coords, Tensor) else index[:, None]
+        tokens = Tokens(located, index, torch.full_like(index, num_tokens))
+        return tokens, torch.zeros_like(index, dtype=torch.int64)
     if lengths.ndim != 1 or int(lengths.sum()) != num_tokens or bool((lengths < 0).any()):
         raise ValueError(
             f"segments are lengths that add up to {num_tokens} tokens; got {lengths.tolist()[:20]}"
@@ -83,25 +92,48 @@ def cut(
     size: int,
     members: Bool[Tensor, "T"] | None = None,
     in_order: bool = True,
+    is_single: bool = False,
 ) -> tuple[Blocks, Int[Tensor, "R"]]:
     """Cut the tokens of each group into blocks of `size`; also give each block's group.
 
     Tokens keep their order within a group. `in_order` says that groups are runs already, so that
-    no sorting is needed; `members` leaves out the other tokens.
+    no sorting is needed; `members` leaves out the other tokens; `is_single` says that all tokens
+    are of one group.
     """
+    if members is None and in_order:
+        values, lengths = _run_lengths(group, is_single=is_single)
+        start, count, run = _pieces(lengths, size)
+        regular = values.numel() <= 1
+        none = torch.empty(0, dtype=torch.int32, device=group.device)
+        return Blocks(start, count, none, 1, size, group.numel(), regular), values[run]
     order = torch.arange(group.numel(), device=group.device)
     if members is not None:
         order = order[members]
     if not in_order:
         order = order[torch.sort(group[order], stable=True).indices]
     values, lengths = torch.unique_consecutive(group[order], return_counts=True)
+    start, count, run = _pieces(lengths, size)
+    return _affine(start, count, order, size), values[run]
+
+
+def _run_lengths(group: Int[Tensor, "T"], *, is_single: bool) -> tuple[Tensor, Tensor]:
+    """Values and lengths of the runs of equal groups."""
+    if is_single and group.numel():
+        return group[:1], torch.tensor([group.numel()], device=group.device)
+    return torch.unique_consecutive(group, return_counts=True)
+
+
+def _pieces(
+    lengths: Int[Tensor, "G"], size: int
+) -> tuple[Int[Tensor, "R"], Int[Tensor, "R"], Int[Tensor, "R"]]:
+    """Cut runs into pieces of `size`: where each begins, its length, and its run."""
     num_blocks = (lengths + size - 1) // size
-    run = torch.arange(values.numel(), device=group.device).repeat_interleave(num_blocks)
-    inner = torch.arange(run.numel(), device=group.device)
+    run = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(num_blocks)
+    inner = torch.arange(run.numel(), device=lengths.device)
     inner = (inner - (num_blocks.cumsum(0) - num_blocks)[run]) * size
     start = (lengths.cumsum(0) - lengths)[run] + inner
     count = (lengths[run] - inner).clamp(max=size)
-    return _affine(start, count, order, size), values[run]
+    return start.to(torch.int32), count.to(torch.int32), run
 
 
 def boxes_of(blocks: Blocks, tokens: Tokens, group: Int[Tensor, "R"]) -> Boxes:
@@ -121,15 +153,16 @@ def _affine(
     start: Int[Tensor, "R"], count: Int[Tensor, "R"], order: Int[Tensor, "N"], size: int
 ) -> Blocks:
     """Drop the table of tokens where every block is an arithmetic progression."""
-    count32 = count.to(torch.int32)
-    if not order.numel():
-        return Blocks(start.to(torch.int32), count32, order.to(torch.int32), 1, size)
+    empty = torch.empty(0, dtype=torch.int32, device=order.device)
+    num_tokens = order.numel()
+    if not num_tokens:
+        return Blocks(start, count, empty, 1, size, num_tokens, regular=False)
     step = order.diff()
     inside = torch.ones_like(step, dtype=torch.bool)
-    inside[start[1:] - 1] = False
+    inside[start[1:].long() - 1] = False
     steps = step[inside]
     stride = int(steps[0]) if steps.numel() else 1
     if bool((steps == stride).all()):
-        empty = order.new_empty(0, dtype=torch.int32)
-        return Blocks(order[start].to(torch.int32), count32, empty, stride, size)
-    return Blocks(start.to(torch.int32), count32, order.to(torch.int32), 1, size)
+        first = order[start.long()].to(torch.int32)
+        return Blocks(first, count, empty, stride, size, num_tokens, regular=False)
+    return Blocks(start, count, order.to(torch.int32), 1, size, num_tokens, regular=False)

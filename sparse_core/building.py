@@ -1,6 +1,7 @@
 """From a pattern and coordinates to a BlockLayout."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import gcd, prod
 
 import torch
@@ -71,11 +72,11 @@ def build_layout(
     clauses = _clauses(pattern, query.coords.shape[-1])
     named = (t for clause in clauses for t in clause if isinstance(t, QueryIn | KeyIn))
     members = list(dict.fromkeys(term.members for term in named))
-    size = block_size or _choose_block_size(clauses, query, key)
+    sides = _Sides(query, query_segment, key, key_segment, len(lengths))
+    size = block_size or _choose_block_size(clauses, sides)
     layout_parts = []
     earlier: list[Clause] = []
     for plan in _plan_parts(clauses):
-        sides = _Sides(query, query_segment, key, key_segment, len(lengths))
         part_size = _part_block_size(plan, size, sides) if block_size is None else size
         layout_parts.append(_build_part(plan, earlier, sides, members, part_size))
         earlier += plan.clauses
@@ -94,15 +95,48 @@ def build_layout(
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sides:
-    """Both sides' tokens, and the sequence of each."""
+    """Both sides' tokens, and the sequence of each; remembers how they were cut."""
 
     query: Tokens
     query_segment: Int[Tensor, "Tq"]
     key: Tokens
     key_segment: Int[Tensor, "Tk"]
     num_segments: int
+    cuts: dict[tuple[object, ...], tuple[Blocks, Boxes]] = field(default_factory=dict)
+
+    def cut_queries(self, plan: "_Plan", size: int) -> tuple[Blocks, Boxes]:
+        """Cut a part's queries into blocks, and bound them."""
+        return self._cut(self.query, self.query_segment, plan.query_members, plan.classes, size)
+
+    def cut_keys(self, plan: "_Plan", size: int) -> tuple[Blocks, Boxes]:
+        """Cut a part's keys into blocks, and bound them."""
+        return self._cut(self.key, self.key_segment, plan.key_members, plan.classes, size)
+
+    def _cut(
+        self,
+        tokens: Tokens,
+        segment: Int[Tensor, "T"],
+        members: Members | None,
+        classes: tuple[Congruent, ...],
+        size: int,
+    ) -> tuple[Blocks, Boxes]:
+        chosen = (id(tokens), members, classes, size)
+        if chosen not in self.cuts:
+            blocks, group = _cut_side(
+                tokens, segment, members, classes, size, is_single=self.num_segments == 1
+            )
+            self.cuts[chosen] = blocks, boxes_of(blocks, tokens, group)
+        return self.cuts[chosen]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        if self.num_segments == 1:
+            return max(self.query.index.shape[0], self.key.index.shape[0])
+        sides = {id(x): x for x in (self.query.length, self.key.length)}
+        return max(_largest(length) for length in sides.values())
 
 
 @dataclass
@@ -163,15 +197,17 @@ def _plan_parts(clauses: list[Clause]) -> list[_Plan]:
     return [plans[key] for key in sorted(plans, key=lambda key: key[0])]
 
 
-def _choose_block_size(clauses: list[Clause], query: Tokens, key: Tokens) -> int:
+def _choose_block_size(clauses: list[Clause], sides: _Sides) -> int:
     """About a window's tokens, within limits: larger blocks visit pairs that no one keeps."""
-    dims = query.coords.shape[-1]
-    longest = max(_largest(query.length), _largest(key.length))
+    dims, longest = sides.query.coords.shape[-1], sides.longest
     reach = max((_reach(clause, dims) for clause in clauses if not _is_narrow(clause)), default=0)
     window = _power_of_two(reach // 2 + 1) if reach else UNBOUNDED
     size = max(SMALL_BLOCK, min(BLOCK, window))
     size = max(MIN_BLOCK, min(size, _power_of_two(longest)))
-    while dims == 1 and (query.index.shape[0] // size) * (min(longest, reach) // size) > MAX_PAIRS:
+    while (
+        dims == 1
+        and (sides.query.index.shape[0] // size) * (min(longest, reach) // size) > MAX_PAIRS
+    ):
         size *= 2
     return size
 
@@ -179,8 +215,7 @@ def _choose_block_size(clauses: list[Clause], query: Tokens, key: Tokens) -> int
 def _part_block_size(plan: _Plan, size: int, sides: _Sides) -> int:
     """Do not make blocks larger than the tokens of a residue class, nor lists too long."""
     stride = prod(term.stride for term in plan.classes)
-    longest = max(_largest(sides.query.length), _largest(sides.key.length))
-    members = -(-longest // stride)
+    members = -(-sides.longest // stride)
     reach = max((_reach(clause, 1) for clause in plan.residual()), default=UNBOUNDED)
     while plan.classes and reach == UNBOUNDED and stride * (members // size) ** 2 > MAX_PAIRS:
         size *= 2
@@ -211,12 +246,8 @@ def _build_part(
     own = plan.residual()
     if plan.listed:
         size = _common_grain(plan.listed, size)
-    queries, query_group = _cut_side(
-        sides.query, sides.query_segment, plan.query_members, plan.classes, size
-    )
-    keys, key_group = _cut_side(sides.key, sides.key_segment, plan.key_members, plan.classes, size)
-    query_boxes = boxes_of(queries, sides.query, query_group)
-    key_boxes = boxes_of(keys, sides.key, key_group)
+    queries, query_boxes = sides.cut_queries(plan, size)
+    keys, key_boxes = sides.cut_keys(plan, size)
     if plan.listed:
         row, column = listed_pairs(
             plan.listed, query_boxes, key_boxes, size=size, num_segments=sides.num_segments
@@ -225,17 +256,17 @@ def _build_part(
         row, column = touching_pairs(own, query_boxes, key_boxes)
     row, column, full = _classify(own, earlier, (row, column), query_boxes, key_boxes)
     for blocks, which in ((queries, row), (keys, column)):
-        short = blocks.count < blocks.size
-        if bool(short.any()):
-            full &= ~short[which]
+        if blocks.num_tokens < len(blocks) * blocks.size:
+            full = full & (blocks.count == blocks.size)[which]
     program = encode(own, earlier, members)
     tiles = torch.empty(0, 0, 0, dtype=torch.uint8, device=row.device)
     tile = torch.empty(0, dtype=torch.int32, device=row.device)
     if program is None:
         drawn = _draw_tiles(own, earlier, sides, (queries, keys), (row, column, full))
         row, column, full, tile, tiles = drawn
-    rows, order = _compress(row, column, full, len(queries), is_sorted=True)
-    columns, column_order = _compress(column, row, full, len(keys), is_sorted=False)
+    num_full = int(full.sum())
+    rows, order = _compress(row, column, full, len(queries), num_full, is_sorted=True)
+    columns, column_order = _compress(column, row, full, len(keys), num_full, is_sorted=False)
     if tile.numel():
         rows = Lists(rows.ptr, rows.full, rows.index, tile[order])
         columns = Lists(columns.ptr, columns.full, columns.index, tile[column_order])
@@ -256,6 +287,8 @@ def _cut_side(
     members: Members | None,
     classes: tuple[Congruent, ...],
     size: int,
+    *,
+    is_single: bool,
 ) -> tuple[Blocks, Int[Tensor, "R"]]:
     group = segment
     for term in classes:
@@ -265,7 +298,8 @@ def _cut_side(
         chosen = members.contains(tokens.index)
         most = _power_of_two(members.first + len(members.positions))
         size = max(MIN_BLOCK, min(size, most))
-    return cut(group, size=size, members=chosen, in_order=not classes)
+    is_single = is_single and not classes
+    return cut(group, size=size, members=chosen, in_order=not classes, is_single=is_single)
 
 
 def _classify(
@@ -290,13 +324,14 @@ def _compress(
     minor: Int[Tensor, "Z"],
     full: Bool[Tensor, "Z"],
     num_major: int,
+    num_full_entries: int,
     *,
     is_sorted: bool,
 ) -> tuple[Lists, Int[Tensor, "Z"]]:
     """Sort entries by row, partial before full; also give the order that did it."""
     num_entries = torch.bincount(major, minlength=num_major)
-    all_full = bool(full.all())
-    uniform = all_full or not bool(full.any())
+    all_full = num_full_entries == full.numel()
+    uniform = all_full or not num_full_entries
     if uniform:
         num_full = num_entries if all_full else torch.zeros_like(num_entries)
     else:

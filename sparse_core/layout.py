@@ -290,7 +290,8 @@ def _concat_blocks(blocks: list[Blocks], num_tokens: list[int]) -> Blocks:
     ]
     count = torch.cat([b.count for b in blocks])
     stride = 1 if ordered else used[0].stride
-    return Blocks(torch.cat(start), count, torch.cat(order), stride, blocks[0].size)
+    total, regular = sum(b.num_tokens for b in blocks), len(blocks) == 1 and blocks[0].regular
+    return Blocks(torch.cat(start), count, torch.cat(order), stride, blocks[0].size, total, regular)
 
 
 def _concat_lists(lists: list[Lists], widths: list[int], tile_shifts: list[int]) -> Lists:
@@ -343,7 +344,7 @@ def _shift_flags(part: Part, shift: int) -> Part:
 
 
 CONSTANTS = (
-    "stride", "size", "program", "pattern", "part_numbers", "affine", "regular", "own_regular",
+    "stride", "size", "program", "pattern", "part_numbers", "affine", "regular", "num_tokens",
     "num_slots", "num_states",
     "complete", "fresh", "spacing",
 )  # fmt: skip

@@ -353,7 +353,7 @@ def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
     for part in layout.parts:
         for blocks in (part.queries, part.keys):
             tensors += [blocks.start, blocks.count, blocks.order]
-            numbers += [blocks.stride, blocks.size]
+            numbers += [blocks.stride, blocks.size, blocks.num_tokens, blocks.regular]
         for lists in (part.rows, part.columns):
             tensors += [lists.ptr, lists.full, lists.index, lists.tile]
         tensors.append(part.tiles)
@@ -363,8 +363,8 @@ def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
         numbers += [len(agenda.launches), agenda.num_states, agenda.complete, agenda.fresh]
         for launch in agenda.launches:
             tensors += [launch.items, launch.splits]
-            numbers += [launch.num_slots, launch.own_regular, len(launch.part_numbers)]
-            numbers += [*launch.part_numbers, *launch.affine, *launch.regular]
+            numbers += [launch.num_slots, len(launch.part_numbers)]
+            numbers += [*launch.part_numbers, *launch.affine]
     numbers.append(SPACINGS.index(layout.schedule.spacing))
     return tensors, [int(n) for n in numbers]
 
@@ -378,7 +378,8 @@ def _unflatten(tensors: list[Tensor], numbers: list[int]) -> BlockLayout:
         sides, lists = [], []
         for _ in range(2):
             start, count, order = next(flat), next(flat), next(flat)
-            sides.append(Blocks(start, count, order, next(rest), next(rest)))
+            stride, size, num_tokens, regular = (next(rest) for _ in range(4))
+            sides.append(Blocks(start, count, order, stride, size, num_tokens, bool(regular)))
         for _ in range(2):
             lists.append(Lists(next(flat), next(flat), next(flat), next(flat)))
         program = tuple(next(rest) for _ in range(next(rest)))
@@ -398,13 +399,10 @@ def _unflatten_agenda(flat: Iterator[Tensor], rest: Iterator[int]) -> Agenda:
     launches = []
     for _ in range(num_launches):
         items, splits = next(flat), next(flat)
-        num_slots, own_regular, num_parts = (next(rest) for _ in range(3))
+        num_slots, num_parts = next(rest), next(rest)
         part_numbers = tuple(next(rest) for _ in range(num_parts))
         affine = tuple(bool(next(rest)) for _ in range(num_parts))
-        regular = tuple(bool(next(rest)) for _ in range(num_parts))
-        launches.append(
-            Launch(items, splits, part_numbers, affine, regular, bool(own_regular), num_slots)
-        )
+        launches.append(Launch(items, splits, part_numbers, affine, num_slots))
     return Agenda(tuple(launches), state_of, num_states, bool(complete), bool(fresh))
 
 

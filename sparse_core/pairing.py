@@ -19,7 +19,7 @@ def touching_pairs(own: list[Clause], query: Boxes, key: Boxes) -> Pairs:
         empty = torch.zeros(0, dtype=torch.int64, device=query.low.device)
         return empty, empty
     one_axis = query.low.shape[-1] == 1
-    if one_axis and _is_sorted(query) and _is_sorted(key):
+    if one_axis and _is_sorted(query) and (key is query or _is_sorted(key)):
         row, column = _runs(own, query, key)
     else:
         row, column = _refine(own, query, key)

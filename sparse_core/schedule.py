@@ -36,15 +36,13 @@ class Launch:
     through the lists of all its parts. A piece of a split block goes to its slot; slot is -1 for a
     whole block. `splits` are (block, first slot, number of pieces). Where groups differ in number,
     the rest is filled with block -1. `affine` says of each part whether full blocks of any list
-    follow one another in memory, `regular` whether blocks cut all tokens into pieces of one size.
+    follow one another in memory.
     """
 
     items: Int[Tensor, "G I 4"]
     splits: Int[Tensor, "G K 3"]
     part_numbers: tuple[int, ...]
     affine: tuple[bool, ...]
-    regular: tuple[bool, ...]
-    own_regular: bool
     num_slots: int
 
 
@@ -87,8 +85,8 @@ def make_schedule(
     """Plan the launches for the parts of a layout."""
     num_queries, num_keys = query_coords.shape[0], key_coords.shape[0]
     return Schedule(
-        _agenda(parts, "queries", num_queries, num_keys),
-        _agenda(parts, "keys", num_keys, num_queries),
+        _agenda(parts, "queries", num_queries),
+        _agenda(parts, "keys", num_keys),
         _spacing(query_coords, key_coords, lengths, key_lengths),
     )
 
@@ -98,7 +96,9 @@ def _spacing(
 ) -> Spacing:
     if query_coords.shape[1] != 1:
         return "free"
-    sides = ((query_coords[:, 0], lengths), (key_coords[:, 0], key_lengths))
+    sides = [(query_coords[:, 0], lengths), (key_coords[:, 0], key_lengths)]
+    if key_coords is query_coords:
+        sides = sides[:1]
     if all(_counts_up(coords, None) for coords, _ in sides):
         return "tokens"
     alike = torch.equal(lengths, key_lengths)
@@ -114,7 +114,7 @@ def _counts_up(coords: Int[Tensor, "T"], lengths: Int[Tensor, "S"] | None) -> bo
     return torch.equal(coords.long(), token)
 
 
-def _agenda(parts: tuple["Part", ...], side: Side, num_tokens: int, num_others: int) -> Agenda:
+def _agenda(parts: tuple["Part", ...], side: Side, num_tokens: int) -> Agenda:
     families: list[list[int]] = []
     for number, part in enumerate(parts):
         mine = getattr(part, side)
@@ -125,19 +125,18 @@ def _agenda(parts: tuple["Part", ...], side: Side, num_tokens: int, num_others: 
         else:
             family.append(number)
 
-    reach = {f[0]: int(getattr(parts[f[0]], side).count.sum()) for f in families}
+    def reach(family: list[int]) -> tuple[int, int]:
+        blocks: Blocks = getattr(parts[family[0]], side)
+        return blocks.num_tokens, sum(parts[n].num_blocks for n in family)
 
-    def order(family: list[int]) -> tuple[int, int]:
-        return reach[family[0]], sum(parts[n].num_blocks for n in family)
-
-    families.sort(key=order, reverse=True)
-    complete = bool(families) and reach[families[0][0]] == num_tokens
+    families.sort(key=reach, reverse=True)
+    complete = bool(families) and reach(families[0])[0] == num_tokens
     if complete:
         families.append(families.pop(0))
-    launches = tuple(_launch(parts, family, side, num_tokens, num_others) for family in families)
+    launches = tuple(_launch(parts, family, side, num_tokens) for family in families)
     early = [getattr(parts[f[0]], side) for f in (families[:-1] if complete else families)]
     state_of, num_states = _state_places(early, num_tokens)
-    fresh = bool(early) and int(early[0].count.sum()) == num_states
+    fresh = bool(early) and early[0].num_tokens == num_states
     return Agenda(launches, state_of, num_states, complete, fresh)
 
 
@@ -145,7 +144,7 @@ def _state_places(early: list[Blocks], num_tokens: int) -> tuple[Int[Tensor, "T"
     """Give the tokens of these blocks places in the state; none where all tokens have one."""
     device = early[0].start.device if early else torch.device("cpu")
     none = torch.empty(0, dtype=torch.int32, device=device)
-    if not early or any(int(b.count.sum()) == num_tokens for b in early):
+    if not early or any(b.num_tokens == num_tokens for b in early):
         return none, num_tokens if early else 0
     known = torch.zeros(num_tokens, dtype=torch.bool, device=device)
     for blocks in early:
@@ -167,29 +166,25 @@ def _same_blocks(a: Blocks, b: Blocks) -> bool:
     )
 
 
-def _launch(
-    parts: tuple["Part", ...], family: list[int], side: Side, num_tokens: int, num_others: int
-) -> Launch:
+def _launch(parts: tuple["Part", ...], family: list[int], side: Side, num_tokens: int) -> Launch:
     other = "keys" if side == "queries" else "queries"
     lists = [parts[n].rows if side == "queries" else parts[n].columns for n in family]
     others: list[Blocks] = [getattr(parts[n], other) for n in family]
     own: Blocks = getattr(parts[family[0]], side)
-    length = torch.stack([(x.ptr[:, 1:] - x.ptr[:, :-1]).long() for x in lists]).sum(0)
-    limit = _item_length(length, own.size, max(b.size for b in others), num_tokens)
-    pieces = ((length + limit - 1) // limit).clamp(min=1)
-    items, splits, num_slots = _items(length, pieces, limit)
+    length = sum((x.ptr[:, 1:] - x.ptr[:, :-1]).long() for x in lists)
+    assert isinstance(length, Tensor)
+    longest = int(length.max()) if length.numel() else 0
+    limit = _item_length(length, longest, own.size, max(b.size for b in others), num_tokens)
+    items, splits, num_slots = _items(length, longest, limit)
     affine = tuple(_is_affine(x, b) for x, b in zip(lists, others, strict=True))
-    regular = tuple(_is_regular(b, num_others) for b in others)
-    own_regular = _is_regular(own, num_tokens)
-    return Launch(items, splits, tuple(family), affine, regular, own_regular, num_slots)
+    return Launch(items, splits, tuple(family), affine, num_slots)
 
 
 def _item_length(
-    length: Int[Tensor, "G R"], own_size: int, other_size: int, num_tokens: int
+    length: Int[Tensor, "G R"], longest: int, own_size: int, other_size: int, num_tokens: int
 ) -> int:
     """Entries that an item may hold: few, as long as the pieces do not need too much memory."""
     limit = max(1, ITEM_TOKENS // other_size)
-    longest = int(length.max()) if length.numel() else 0
     room = max(MAX_SPLIT_TOKENS, num_tokens // 2) // own_size
     while longest > limit:
         split = (length + limit - 1) // limit
@@ -200,14 +195,18 @@ def _item_length(
 
 
 def _items(
-    length: Int[Tensor, "G R"], pieces: Int[Tensor, "G R"], limit: int
+    length: Int[Tensor, "G R"], longest: int, limit: int
 ) -> tuple[Int[Tensor, "G I 4"], Int[Tensor, "G K 3"], int]:
     """Write the items of each group, long ones first."""
     groups, rows = length.shape
     device = length.device
-    if not rows:
-        none = torch.empty(groups, 0, 4, dtype=torch.int32, device=device)
-        return none, none[..., :3], 0
+    none = torch.empty(groups, 0, 3, dtype=torch.int32, device=device)
+    if longest <= limit:
+        order = torch.sort(_size_class(length), dim=1, descending=True, stable=True).indices
+        zero = torch.zeros_like(order)
+        whole = torch.stack([order, zero, length.gather(1, order), zero - 1], 2)
+        return whole.to(torch.int32), none, 0
+    pieces = ((length + limit - 1) // limit).clamp(min=1)
     split = pieces > 1
     slots = torch.where(split, pieces, 0)
     first_slot = slots.cumsum(1) - slots
@@ -218,11 +217,8 @@ def _items(
     first = piece * limit
     last = torch.minimum(first + limit, length.flatten()[flat])
     slot = torch.where(split.flatten()[flat], first_slot.flatten()[flat] + piece, -1)
-    powers = 2 ** torch.arange(32, device=device)
-    rank = torch.bucketize(last - first, powers, right=True)
-    # long items start first; of about equal ones neighbours stay together for the cache
     group = flat // rows
-    order = torch.sort(group * 64 - rank, stable=True).indices
+    order = torch.sort(group * 64 - _size_class(last - first), stable=True).indices
     found = torch.stack([flat % rows, first, last, slot], 1)[order].to(torch.int32)
     items = _pad(found, per_group)
     chosen = split.flatten().nonzero()[:, 0]
@@ -231,6 +227,12 @@ def _items(
     ).to(torch.int32)
     splits = _pad(pieces_of, split.sum(1))
     return items, splits, int(slots.sum(1).max())
+
+
+def _size_class(length: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """Bits of a length: long items start first, of about equal ones neighbours stay together."""
+    powers = 2 ** torch.arange(32, device=length.device)
+    return torch.bucketize(length, powers, right=True)
 
 
 def _pad(rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"]) -> Int[Tensor, "G I W"]:
@@ -246,21 +248,9 @@ def _pad(rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"]) -> Int[Tensor, "
     return padded
 
 
-def _is_regular(blocks: Blocks, num_tokens: int) -> bool:
-    """Whether the blocks cut all tokens, one after another, into pieces of their size."""
-    if blocks.order.numel() or blocks.stride != 1:
-        return False
-    start = torch.arange(len(blocks), device=blocks.start.device) * blocks.size
-    count = (num_tokens - start).clamp(max=blocks.size)
-    return torch.equal(blocks.start.long(), start) and torch.equal(blocks.count.long(), count)
-
-
 def _is_affine(lists: "Lists", blocks: Blocks) -> bool:
     """Whether full entries of every list are blocks that lie one after another."""
     first, last = lists.full.flatten().long(), lists.ptr[:, 1:].flatten().long()
-    long = last - first > 1
-    if not bool(long.any()):
-        return True
     index = lists.index.long()
     is_full = _inside(first, last, index.numel())
     followed = is_full[:-1] & is_full[1:] & ~_starts(first, index.numel())[1:]

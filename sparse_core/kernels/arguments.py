@@ -60,9 +60,14 @@ class Meta(NamedTuple):
     clauses: tuple[tuple[tuple[int, int, int], ...], ...]
 
 
-def own_side(layout: BlockLayout, launch: Launch, side: Side) -> Own:
+def own_blocks(layout: BlockLayout, launch: Launch, side: Side) -> Blocks:
+    """Give the blocks that a launch works through."""
+    blocks: Blocks = getattr(layout.parts[launch.part_numbers[0]], side)
+    return blocks
+
+
+def own_side(blocks: Blocks) -> Own:
     """Describe the blocks that a launch works through."""
-    blocks = getattr(layout.parts[launch.part_numbers[0]], side)
     return Own(blocks.start, blocks.count, blocks.order, blocks.size, blocks.stride)
 
 
@@ -74,8 +79,7 @@ def other_side(
     `token_elements` is how far apart tokens lie in memory.
     """
     others, numbers, metas = [], [], []
-    runs = zip(launch.part_numbers, launch.affine, launch.regular, strict=True)
-    for number, affine, regular in runs:
+    for number, affine in zip(launch.part_numbers, launch.affine, strict=True):
         part = layout.parts[number]
         others.append(_other(part, side))
         clauses, values = _clauses(part.program)
@@ -89,7 +93,7 @@ def other_side(
                 indexed=blocks.order.numel() > 0,
                 wide=_is_wide(blocks, tile, token_elements),
                 natural=_is_natural(layout, part.program),
-                regular=regular,
+                regular=blocks.regular,
                 affine=affine,
                 bits=not part.program,
                 num_own=part.program[0] if part.program else 0,

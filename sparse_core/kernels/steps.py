@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sparse_core.blocking import Blocks
 from sparse_core.kernels import tuning
 from sparse_core.kernels.arguments import (
     Own,
     other_side,
+    own_blocks,
     own_side,
     split_head_dim,
     tile_of,
 )
 from sparse_core.layout import BlockLayout
-from sparse_core.schedule import Agenda, Launch
+from sparse_core.schedule import Agenda
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ def _make(
         final = agenda.complete and number == last
         prior = agenda.num_states > 0 and not (number == 0 and agenda.fresh)
         config = tuning.choose(kernel, q, launch, layout, precision)
-        own = own_side(layout, launch, side)
+        blocks = own_blocks(layout, launch, side)
+        own = own_side(blocks)
         parts, numbers, meta = other_side(layout, launch, side, config.block_other, token_elements)
         tile = tile_of(own.size, config.block_own)
         own_tiles = -(-own.size // tile)
-        constants = _constants(launch, own, q, config, tile) | {
+        constants = _constants(blocks, q, config, tile) | {
             "META": meta,
             "NUM_PARTS": len(parts),
             "P": layout.query_coords.shape[1],
@@ -136,13 +139,11 @@ def _make(
     return tuple(found)
 
 
-def _constants(
-    launch: Launch, own: Own, q: Tensor, config: tuning.Config, tile: int
-) -> dict[str, object]:
+def _constants(blocks: Blocks, q: Tensor, config: tuning.Config, tile: int) -> dict[str, object]:
     first, second = split_head_dim(q.shape[3])
     return {
-        "OWN_INDEXED": own.order.numel() > 0,
-        "OWN_REGULAR": launch.own_regular,
+        "OWN_INDEXED": blocks.order.numel() > 0,
+        "OWN_REGULAR": blocks.regular,
         "D": q.shape[3],
         "D1": first,
         "D2": second,
