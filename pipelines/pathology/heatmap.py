@@ -88,5 +88,5 @@ def _raster(
     raster = np.full((rows, cols), np.nan)
     raster[slide.grid[:, 1] - first[1], slide.grid[:, 0] - first[0]] = scores
     pitch = slide.pitch0 * slide.mpp
-    x, y = first * pitch
+    x, y = slide.xy0.min(axis=0) * slide.mpp  # not first * pitch: a grid may start off the corner
     return raster, (x, x + cols * pitch, y + rows * pitch, y)

@@ -2,14 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import openslide
+from PIL import Image, UnidentifiedImageError
 
+from pipelines.pathology.resolution import Resolution, SlideError, find_resolution
 from pipelines.shared.errors import InputError
 
 SLIDE_ENDINGS = frozenset(
@@ -29,12 +31,8 @@ SLIDE_ENDINGS = frozenset(
         ".qptiff",
     )
 )
-MPP_RANGE = (0.05, 30.0)
-MPP_ANISOTROPY = 0.02
-MPP_REMEDY = (
-    "add a column `mpp` (micrometres per pixel) to the label table, "
-    "or give one value for all slides with slide_mpp=VALUE"
-)
+IMAGE_ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".tif", ".tiff"))
+"""Plain images: slides where a table names them and gives their resolution."""
 CONVERT_REMEDY = (
     "check that the file is complete and that it is a slide; formats that OpenSlide cannot read "
     "must first be converted to a pyramidal JPEG TIFF"
@@ -44,24 +42,15 @@ _SAMPLE_BYTES = 65536
 
 @dataclass(frozen=True, slots=True)
 class SlideFile:
-    """A slide on disk; `slide_id` is the file's name without its ending."""
+    """A slide on disk.
+
+    `slide_id` comes from a table, or is the file's name without its ending; it is unique in a run.
+    `mpp` is what a table says of the resolution, in micrometres per pixel, and outweighs the file.
+    """
 
     slide_id: str
     path: Path
-
-
-class SlideError(Exception):
-    """One slide cannot be used; a batch records it and goes on.
-
-    `status` is a short word for tables (`missing_mpp`, `mpp_suspect`, `unreadable`, `empty`,
-    `too_coarse`, `too_small`), `reason` what was found, `remedy` what to do about it.
-    """
-
-    def __init__(self, status: str, reason: str, remedy: str) -> None:
-        super().__init__(f"{status}: {reason}; {remedy}")
-        self.status = status
-        self.reason = reason
-        self.remedy = remedy
+    mpp: float | None = None
 
 
 def find_slides(folder: str | Path) -> list[SlideFile]:
@@ -83,11 +72,13 @@ def find_slides(folder: str | Path) -> list[SlideFile]:
         if earlier is not slide:
             raise InputError(
                 f"two slides have the id {slide.slide_id!r}: {earlier.path} and {slide.path}; "
-                "rename one of them"
+                "rename one of them, or give slides=TABLE with slide_id and path of each"
             )
     if not slides:
         raise InputError(
-            f"no slides in {root}; looked in all subfolders for {', '.join(sorted(SLIDE_ENDINGS))}"
+            f"no slides in {root}; looked in all subfolders for "
+            f"{', '.join(sorted(SLIDE_ENDINGS))}; "
+            "PNG and JPEG need slides=TABLE with the columns slide_id, path and mpp"
         )
     return [slides[slide_id] for slide_id in sorted(slides)]
 
@@ -115,7 +106,12 @@ def slide_fingerprint(path: Path) -> str:
 
 
 class SlideReader:
-    """Pixels and geometry of one open slide; sizes are (width, height) in pixels."""
+    """Pixels and geometry of one open slide; sizes are (width, height) in pixels.
+
+    `bounds` (x, y, width, height) is the part that the scanner filled, in level-0 pixels: the whole
+    slide, unless the format says otherwise (MIRAX, Leica, Ventana). `mpp` is micrometres per
+    level-0 pixel, `resolution` tells where it comes from.
+    """
 
     def __init__(self, path: Path, *, mpp: float | None) -> None:
         self.path = path
@@ -126,14 +122,21 @@ class SlideReader:
             properties = self._handle.properties
             self.vendor: str = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
             self.quickhash: str | None = properties.get(openslide.PROPERTY_NAME_QUICKHASH1)
-            self.mpp, self.mpp_source = _resolve_mpp(
-                mpp,
-                properties.get(openslide.PROPERTY_NAME_MPP_X),
-                properties.get(openslide.PROPERTY_NAME_MPP_Y),
-            )
+            self.bounds = _bounds(properties, self.level_dimensions[0])
+            self.resolution: Resolution = find_resolution(properties, given=mpp)
         except SlideError:
             self._handle.close()
             raise
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per pixel at level 0."""
+        return self.resolution.mpp
+
+    @property
+    def mpp_source(self) -> str:
+        """Where `mpp` comes from: `given`, `openslide`, a vendor's key, or `tiff_resolution`."""
+        return self.resolution.source
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -231,21 +234,61 @@ def _members(path: Path) -> list[Path]:
     return [path]
 
 
-def _open_handle(path: Path) -> openslide.OpenSlide:
+def _bounds(properties: Mapping[str, str], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    names = (
+        openslide.PROPERTY_NAME_BOUNDS_X,
+        openslide.PROPERTY_NAME_BOUNDS_Y,
+        openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+        openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+    )
+    found = [properties.get(name) for name in names]
+    if any(value is None for value in found):
+        return 0, 0, *size
+    x, y, width, height = (int(float(value or 0)) for value in found)
+    return x, y, min(width, size[0] - x), min(height, size[1] - y)
+
+
+def _open_handle(path: Path) -> openslide.AbstractSlide:
     try:
         size = path.stat().st_size
         if size == 0:
             raise SlideError("unreadable", "the file is empty (0 bytes)", CONVERT_REMEDY)
         return openslide.OpenSlide(path)
+    except FileNotFoundError as error:
+        reason = f"there is no such file: {path} ({error.strerror})"
+        raise SlideError("no_file", reason, "correct the path, or put the file there") from error
     except OSError as error:
         reason = f"cannot open the file: {error.strerror or error}"
         raise SlideError("unreadable", reason, "check the path and its permissions") from error
     except openslide.OpenSlideUnsupportedFormatError as error:
+        image = _open_image(path)
+        if image is not None:
+            return image
         reason = f"OpenSlide does not know this format ({size:,} bytes, {_first_bytes(path)})"
         raise SlideError("unreadable", reason, CONVERT_REMEDY) from error
     except openslide.OpenSlideError as error:
         reason = f"OpenSlide cannot open it: {error} ({size:,} bytes)"
         raise SlideError("unreadable", reason, CONVERT_REMEDY) from error
+
+
+def _open_image(path: Path) -> openslide.ImageSlide | None:
+    """Open a plain RGB image; None for what is none: another format, grey, more than 8 bits."""
+    if path.suffix.lower() not in IMAGE_ENDINGS:
+        return None
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("RGB", "RGBA", "P", "CMYK", "YCbCr"):
+                return None
+            pixels = image.convert("RGBA" if image.mode == "RGBA" else "RGB")
+    except UnidentifiedImageError:
+        return None
+    except Image.DecompressionBombError as error:
+        remedy = "convert it to a pyramidal JPEG TIFF, which is read in parts"
+        raise SlideError("unreadable", f"a plain image is read whole: {error}", remedy) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = f"the image cannot be decoded: {error} ({path.stat().st_size:,} bytes)"
+        raise SlideError("unreadable", reason, CONVERT_REMEDY) from error
+    return openslide.ImageSlide(pixels)
 
 
 def _first_bytes(path: Path) -> str:
@@ -272,27 +315,3 @@ def _on_white(rgba: np.ndarray) -> np.ndarray:
     opaque = alpha.astype(np.uint16)
     blended = (rgba[..., :3] * opaque + 255 * (255 - opaque) + 127) // 255
     return blended.astype(np.uint8)
-
-
-def _resolve_mpp(given: float | None, mpp_x: str | None, mpp_y: str | None) -> tuple[float, str]:
-    if given is not None:
-        return _plausible(float(given), "the given value"), "given"
-    try:
-        x, y = float(mpp_x or "nan"), float(mpp_y or "nan")
-    except ValueError:
-        x = y = float("nan")
-    if not (np.isfinite(x) and np.isfinite(y)):
-        reason = "the file does not say how many micrometres a pixel measures"
-        raise SlideError("missing_mpp", reason, MPP_REMEDY)
-    if abs(x - y) > MPP_ANISOTROPY * max(x, y):
-        reason = f"pixels are not square: {x:g} x {y:g} um"
-        raise SlideError("mpp_suspect", reason, MPP_REMEDY)
-    return _plausible((x + y) / 2, "the file's value"), "openslide"
-
-
-def _plausible(mpp: float, origin: str) -> float:
-    low, high = MPP_RANGE
-    if not low <= mpp <= high:
-        reason = f"{origin}, {mpp:.4g} um per pixel, lies outside {low:g} to {high:g}"
-        raise SlideError("mpp_suspect", reason, MPP_REMEDY)
-    return mpp

@@ -1,6 +1,7 @@
 """`train`: from slides and labels to a model, scored beside its baselines."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,7 @@ class _Study:
             "classes": self.classes,
             "encoder": self.config["encoder"],
             "encoder_fingerprint": self.encoder.fingerprint,
-            "plan": {key: self.config[key] for key in ("tile_px", "mpp", "min_tissue")},
+            "plan": asdict(self.plan),
             "plan_hash": self.plan.hash,
         }
         save_model(checkpoint, model.network, task=TASK, metadata=metadata)
