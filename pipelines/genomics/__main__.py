@@ -1,6 +1,5 @@
 """`python -m pipelines.genomics {train,predict} [KEY=VALUE ...]`."""
 
-import sys
 from collections.abc import Sequence
 
 from pipelines.shared import cli
@@ -34,20 +33,8 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; values of `columns.*` and `where.*` are taken as they are."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return cli.main("genomics", VERBS, [_quote_table_text(argument) for argument in arguments])
-
-
-def _quote_table_text(argument: str) -> str:
-    """Quote what stands in a table, which may hold any sign; `where` takes any column's name."""
-    key, sign, value = argument.partition("=")
-    section = key.partition(".")[0]
-    if not sign or section not in ("columns", "where") or section == key:
-        return argument
-    if value[:1] not in ("'", '"'):
-        value = '"' + value.replace('"', '\\"') + '"'
-    return f"++{key}={value}" if section == "where" else f"{key}={value}"
+    """Run the command line and return its exit code."""
+    return cli.main("genomics", VERBS, argv)
 
 
 if __name__ == "__main__":

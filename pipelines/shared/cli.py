@@ -28,6 +28,9 @@ Config = dict[str, Any]
 # patterns are full of brackets and signs that mean something else in Hydra's grammar
 TEXT_KEYS = ("pattern.expression",)
 
+# what stands in a table may hold any sign, and rows are chosen by any column's name
+TABLE_SECTIONS = ("columns", "where")
+
 
 @dataclass(frozen=True, slots=True)
 class Verb:
@@ -98,7 +101,9 @@ def _dispatch(pipeline: str, verbs: Mapping[str, Verb], arguments: list[str]) ->
 
 
 def _parse(verb: Verb, arguments: Sequence[str]) -> _Request:
-    groups = {group.name: group for group in read_root(verb.config).groups}
+    root = read_root(verb.config)
+    groups = {group.name: group for group in root.groups}
+    sections = {item.key for item in root.settings}.intersection(TABLE_SECTIONS)
     paths: dict[str, str] = {}
     overrides: list[str] = []
     flags: set[str] = set()
@@ -114,6 +119,8 @@ def _parse(verb: Verb, arguments: Sequence[str]) -> _Request:
             )
         elif key in verb.path_keys:
             paths[key] = _path(key, value)
+        elif key.partition(".")[0] in sections and "." in key:
+            overrides.append(_quote_table_text(key, value))
         else:
             overrides.append(_to_hydra(key, value, groups))
     overrides = _implied(verb, paths, overrides, groups) + overrides
@@ -133,6 +140,13 @@ def _to_hydra(key: str, value: str, groups: Mapping[str, Group]) -> str:
         escaped = value.replace('"', '\\"')
         return f'{key}="{escaped}"'
     return f"{key}={value}"
+
+
+def _quote_table_text(key: str, value: str) -> str:
+    """Quote what stands in a table; `where` takes keys that the configuration does not have."""
+    if value[:1] not in ("'", '"'):
+        value = '"' + value.replace('"', '\\"') + '"'
+    return f"++{key}={value}" if key.startswith("where.") else f"{key}={value}"
 
 
 def _implied(
