@@ -40,11 +40,26 @@ class SparseSelfAttention(nn.Module):
         self, x: Float[Tensor, "B T E"], layout: BlockLayout, rotation: Rotation | None = None
     ) -> Float[Tensor, "B T E"]:
         """Mix each token with those that the layout lets it see."""
+        return self.join(self.attend(*self.project(x, rotation), layout))
+
+    def project(
+        self, x: Float[Tensor, "B T E"], rotation: Rotation | None = None
+    ) -> tuple[Float[Tensor, "B T H D"], Float[Tensor, "B T Hkv D"], Float[Tensor, "B T Hkv D"]]:
+        """Turn tokens into queries, keys and values."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = heads.split(sizes, dim=2)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> Tensor:
+        """Mix the values, [B, T, H, D]."""
         mixed = sparse_attention(q, k, v, layout, backend=self.backend)
         assert isinstance(mixed, Tensor)
-        return self.out(mixed.flatten(2))
+        return mixed
+
+    def join(self, mixed: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T E"]:
+        """Bring the heads together."""
+        joined: Tensor = self.out(mixed.flatten(2))
+        return joined

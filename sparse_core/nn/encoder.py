@@ -1,6 +1,8 @@
 """A transformer encoder whose layers attend over layouts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +26,9 @@ class SparseEncoder(nn.Module):
 
     `rotary_axes` is how many of the leading axes turn the channels (all `coord_dims` if not given,
     none if 0). `checkpointing` recomputes each layer in backward, so that memory holds one layer's
-    activations and the layers' inputs.
+    activations and the layers' inputs. `compiled` runs what surrounds attention through
+    torch.compile, once for all layers and lengths: norms, products, rotation and residuals in few
+    kernels.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class SparseEncoder(nn.Module):
         rotary_axes: int | None = None,
         rotary_base: float = 10_000.0,
         checkpointing: bool = False,
+        compiled: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -66,6 +71,7 @@ class SparseEncoder(nn.Module):
                 ),
                 mlp_ratio=mlp_ratio,
                 dropout=dropout,
+                compiled=compiled,
             )
             for p in each
         )
@@ -112,8 +118,10 @@ class EncoderLayer(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
+        self.compiled = compiled
         hidden = int(dim * mlp_ratio)
         self.attention = attention
         self.norm_attention = None if attention is None else nn.LayerNorm(dim)
@@ -125,6 +133,31 @@ class EncoderLayer(nn.Module):
         self, x: Float[Tensor, "B T E"], layout: BlockLayout | None, rotation: Rotation | None
     ) -> Float[Tensor, "B T E"]:
         """Mix between tokens, then within each."""
-        if self.attention is not None and self.norm_attention is not None and layout is not None:
-            x = x + self.dropout(self.attention(self.norm_attention(x), layout, rotation))
-        return x + self.dropout(self.mlp(self.norm_mlp(x)))
+        before, after = _compiled() if self.compiled else (EncoderLayer.before, EncoderLayer.after)
+        mixed = None
+        if self.attention is not None and layout is not None:
+            q, k, v = before(self, x, rotation)
+            mixed = self.attention.attend(q, k, v, layout)
+        result: Tensor = after(self, x, mixed)
+        return result
+
+    def before(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention: norm, projections, rotation."""
+        assert self.attention is not None
+        assert self.norm_attention is not None
+        return self.attention.project(self.norm_attention(x), rotation)
+
+    def after(self, x: Tensor, mixed: Tensor | None) -> Tensor:
+        """What comes after: back to the residual stream, and the feed-forward part."""
+        if self.attention is not None and mixed is not None:
+            x = x + self.dropout(self.attention.join(mixed))
+        fed: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        return fed
+
+
+@cache
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Compile both parts of a layer, for all layers of this process."""
+    parts = EncoderLayer.before, EncoderLayer.after
+    before, after = (torch.compile(part, dynamic=True, fullgraph=True) for part in parts)
+    return before, after

@@ -113,3 +113,22 @@ def test_layers_refuse_what_does_not_fit() -> None:
         SparseEncoder(32, 3, 4, [Causal()])
     with pytest.raises(ValueError, match="needs 2 layouts"):
         make_encoder()(torch.randn(1, 10, 32), (build_layout(Causal(), 10),))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_layers_are_the_same_layers() -> None:
+    torch.manual_seed(0)
+    encoder = SparseEncoder(32, 2, 4, SlidingWindow(9) | GlobalTokens(2))
+    fast = SparseEncoder(32, 2, 4, SlidingWindow(9) | GlobalTokens(2), compiled=True)
+    fast.load_state_dict(encoder.state_dict())
+    for tokens in (70, 111):
+        x = torch.randn(1, tokens, 32)
+        results = []
+        for model in (encoder, fast):
+            model.zero_grad()
+            out = model(x, model.build_layouts(tokens))
+            out.square().mean().backward()
+            results.append([out, *(p.grad for p in model.parameters())])
+        for plain, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
