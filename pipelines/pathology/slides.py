@@ -67,7 +67,7 @@ def find_slides(folder: str | Path) -> list[SlideFile]:
     if not root.is_dir():
         raise InputError(f"{root} is a file, not a folder; give the folder that holds the slides")
     slides: dict[str, SlideFile] = {}
-    for slide in _walk(root):
+    for slide in walk_slides(root):
         earlier = slides.setdefault(slide.slide_id, slide)
         if earlier is not slide:
             raise InputError(
@@ -81,6 +81,31 @@ def find_slides(folder: str | Path) -> list[SlideFile]:
             "PNG and JPEG need slides=TABLE with the columns slide_id, path and mpp"
         )
     return [slides[slide_id] for slide_id in sorted(slides)]
+
+
+def walk_slides(root: Path) -> Iterator[SlideFile]:
+    """Yield the slides in a folder and its subfolders as they come; ids may repeat."""
+    visited: set[Path] = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        here = Path(parent)
+        if here.resolve() in visited:  # a link back into the tree
+            folders.clear()
+            continue
+        visited.add(here.resolve())
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not f.endswith(".zarr"))
+        names = sorted(
+            name
+            for name in files
+            if not name.startswith(".") and Path(name).suffix.lower() in SLIDE_ENDINGS
+        )
+        yield from (
+            SlideFile(Path(name).stem, here / name)
+            for name in names
+            if not name.lower().endswith(".dcm")
+        )
+        yield from _dicom_slides(
+            [here / name for name in names if name.lower().endswith(".dcm")], is_root=here == root
+        )
 
 
 def open_slide(path: str | Path, *, mpp: float | None = None) -> "SlideReader":
@@ -175,30 +200,6 @@ class SlideReader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _walk(root: Path) -> Iterator[SlideFile]:
-    visited: set[Path] = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
-        here = Path(parent)
-        if here.resolve() in visited:  # a link back into the tree
-            folders.clear()
-            continue
-        visited.add(here.resolve())
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not f.endswith(".zarr"))
-        names = sorted(
-            name
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in SLIDE_ENDINGS
-        )
-        yield from (
-            SlideFile(Path(name).stem, here / name)
-            for name in names
-            if not name.lower().endswith(".dcm")
-        )
-        yield from _dicom_slides(
-            [here / name for name in names if name.lower().endswith(".dcm")], is_root=here == root
-        )
 
 
 def _dicom_slides(files: list[Path], *, is_root: bool) -> Iterator[SlideFile]:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import os
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,7 +57,7 @@ def read_labels(
     if group_column is not None and group_column not in table.columns:
         table[group_column] = table[id_column]
     _require_values(path, table, id_column)
-    _require_unique(path, table, id_column)
+    require_unique(path, table, id_column)
     _require_values(path, table, label_column)
     if group_column is not None:
         _require_values(path, table, group_column)
@@ -93,14 +94,18 @@ def keep_rows(path: Path, table: pd.DataFrame, where: Mapping[str, object]) -> p
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table of strings, plain or gzip: by tabs when it is named .tsv, else by commas.
+    """Read a table of strings: a workbook's first sheet when it is named .xlsx, else text.
 
-    Raises InputError for a missing file, one that is no UTF-8 text, and ragged or missing rows.
+    Text is plain or gzip, by tabs when it is named .tsv, else by commas. The index (`row`) is the
+    line in the file. Raises InputError for a missing file, one that is neither a workbook nor UTF-8
+    text, and ragged or missing rows.
     """
     if path.is_dir():
-        raise InputError(f"{path} is a folder; a table (.csv or .tsv) is needed")
+        raise InputError(f"{path} is a folder; a table (.csv, .tsv or .xlsx) is needed")
     if not path.is_file():
-        raise InputError(f"{path} does not exist; a table (.csv or .tsv) is needed")
+        raise InputError(f"{path} does not exist; a table (.csv, .tsv or .xlsx) is needed")
+    if path.suffix.lower() == ".xlsx":
+        return _frame(path, _sheet_rows(path))
     try:
         with _open_text(path) as file:
             reader = csv.reader(file, delimiter=_delimiter(path))
@@ -118,6 +123,19 @@ def read_table(path: Path) -> pd.DataFrame:
     return _frame(path, [(number, row) for number, row in lines if any(row)])
 
 
+def require_unique(path: Path, table: pd.DataFrame, column: str) -> None:
+    """Raise InputError, with its rows, where a value stands twice in a column."""
+    repeated = table[table[column].duplicated(keep=False)]
+    if len(repeated):
+        name = repeated[column].iloc[0]
+        rows = repeated.index[repeated[column] == name].tolist()
+        others = repeated[column].nunique() - 1
+        more = f" ({others} more ids are repeated)" if others else ""
+        raise InputError(
+            f"{path}: {column} {name!r} stands in rows {_listed(rows)}{more}; keep one row per id"
+        )
+
+
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table (separator as in `read_table`) aside and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +149,37 @@ def write_failures(path: Path, failures: Iterable[Failure], *, id_column: str) -
     columns = [id_column, "path", "status", "reason", "remedy"]
     rows = [(item.id, item.path, item.status, item.reason, item.remedy) for item in failures]
     write_table(path, pd.DataFrame(rows, columns=columns))
+
+
+def _sheet_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Rows of a workbook's first sheet with their numbers, cells as text, empty rows left out."""
+    from openpyxl import load_workbook
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    try:
+        with path.open("rb") as file:
+            workbook = load_workbook(file, read_only=True, data_only=True)
+            values = list(workbook.worksheets[0].iter_rows(values_only=True))
+            workbook.close()
+    except (zipfile.BadZipFile, InvalidFileException, KeyError, IndexError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a workbook of Excel's .xlsx; save it as one, or as CSV ({error})"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    rows = [(number, [_cell_text(cell) for cell in row]) for number, row in enumerate(values, 1)]
+    rows = [(number, row) for number, row in rows if any(row)]
+    width = max((at + 1 for _, row in rows for at, cell in enumerate(row) if cell), default=0)
+    return [(number, [*row, *[""] * width][:width]) for number, row in rows]
+
+
+def _cell_text(cell: object) -> str:
+    """Text of a cell; whole numbers lose the point that workbooks store them with."""
+    if cell is None:
+        return ""
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell).strip()
 
 
 def _open_text(path: Path) -> TextIO:
@@ -176,18 +225,6 @@ def _require_values(path: Path, table: pd.DataFrame, column: str) -> None:
     rows = table.index[table[column] == ""].tolist()
     if rows:
         raise InputError(f"{path}, row {_listed(rows)}: {column} is empty; fill it or drop the row")
-
-
-def _require_unique(path: Path, table: pd.DataFrame, column: str) -> None:
-    repeated = table[table[column].duplicated(keep=False)]
-    if len(repeated):
-        name = repeated[column].iloc[0]
-        rows = repeated.index[repeated[column] == name].tolist()
-        others = repeated[column].nunique() - 1
-        more = f" ({others} more ids are repeated)" if others else ""
-        raise InputError(
-            f"{path}: {column} {name!r} stands in rows {_listed(rows)}{more}; keep one row per id"
-        )
 
 
 def _closest(word: str, values: "pd.Series[str]") -> str:

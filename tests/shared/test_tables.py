@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from openpyxl import Workbook
 
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure, read_labels, read_table, write_failures, write_table
@@ -144,15 +145,33 @@ def test_a_bad_table_is_named_with_its_row(tmp_path: Path, text: str, words: str
 
 def test_a_missing_file_a_folder_and_a_binary_file_are_refused(tmp_path: Path) -> None:
     binary = tmp_path / "labels.xlsx"
-    binary.write_bytes(b"PK\x03\x04\xff\xfe\x00\x80")
+    text = tmp_path / "labels.csv"
+    for path in (binary, text):
+        path.write_bytes(b"PK\x03\x04\xff\xfe\x00\x80")
 
     for path, words in [
         (tmp_path / "absent.csv", "does not exist"),
         (tmp_path, "is a folder"),
-        (binary, "is not a text table"),
+        (binary, "is not a workbook"),
+        (text, "is not a text table"),
     ]:
         with pytest.raises(InputError, match=words):
             read_table(path)
+
+
+def test_a_workbook_is_read_as_text_would_be(tmp_path: Path) -> None:
+    path = tmp_path / "labels.xlsx"
+    book = Workbook()
+    rows = [["id", "label", "mpp", None], ["007", 1.0, 0.25, None], [None] * 4, ["b", "x ", None]]
+    for row in rows:
+        book.active.append(row)
+    book.save(path)
+
+    table = read_table(path)
+
+    assert table.columns.tolist() == ["id", "label", "mpp"]
+    assert table.to_numpy().tolist() == [["007", "1", "0.25"], ["b", "x", ""]]
+    assert table.index.tolist() == [2, 4]
 
 
 def test_a_written_table_reads_back(tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""Which slides there are: from a folder, one file, or a table in the words of other tools.
+
+A table names its columns slide_id, path, mpp, patient_id, label and split, or other names that
+`columns` gives. The tables of CLAM, STAMP, TRIDENT, slide2vec and GigaPath are known by a column
+that only they have, and what was taken for what is printed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from pipelines.pathology.slides import (
+    IMAGE_ENDINGS,
+    SLIDE_ENDINGS,
+    SlideFile,
+    find_slides,
+    walk_slides,
+)
+from pipelines.shared.errors import InputError
+from pipelines.shared.tables import keep_rows, read_labels, read_table, require_unique
+
+ROLES = ("slide_id", "path", "mpp", "patient_id", "label", "split")
+"""What a table says of a slide; its columns have these names unless others are given."""
+
+KNOWN_TABLES: dict[str, dict[str, str]] = {
+    "TRIDENT": {"path": "wsi"},
+    "slide2vec": {"path": "image_path", "slide_id": "sample_id", "mpp": "spacing_at_level_0"},
+    "STAMP": {"path": "FILENAME", "patient_id": "PATIENT"},
+    "CLAM": {"patient_id": "case_id"},
+    "GigaPath": {"patient_id": "pat_id"},
+}
+"""Columns of other tools by what they mean here; the first one tells the tool."""
+
+TABLE_ENDINGS = (".csv", ".tsv", ".xlsx", ".csv.gz", ".tsv.gz")
+_FEATURE_ENDINGS = (".h5", ".pt")  # tables of features name these in place of the slides
+
+
+def list_slides(
+    source: str | Path,
+    *,
+    root: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, object] | None = None,
+) -> list[SlideFile]:
+    """List the slides of a folder, of a table, or one slide, ordered by slide id.
+
+    Relative paths in a table start from `root`, by default from the table's folder. Raises
+    InputError for a table without paths, an id that stands twice, and a resolution that is no
+    positive number; a file that is not there fails later, as one slide among others.
+    """
+    source = Path(source)
+    if not is_table(source):
+        single = source.is_file() and source.suffix.lower() in SLIDE_ENDINGS | IMAGE_ENDINGS
+        return [SlideFile(source.stem, source)] if single else find_slides(source)
+    table = read_slide_table(source, columns=columns, where=where)
+    folder = source.parent if root is None else Path(root)
+    slides = [
+        SlideFile(row["slide_id"], _locate(folder / row["path"]), given_mpp(source, number, row))
+        for number, row in zip(table.index, table.to_dict("records"), strict=True)
+    ]
+    return sorted(slides, key=lambda slide: slide.slide_id)
+
+
+def is_table(path: Path) -> bool:
+    """Tell a table from a folder or a slide by its name."""
+    return path.name.lower().endswith(TABLE_ENDINGS) and not path.is_dir()
+
+
+def read_slide_table(
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, object] | None = None,
+) -> pd.DataFrame:
+    """Read a table of slides: slide_id and path, and of mpp, patient_id, label, split what it has.
+
+    All values are strings; the index (`row`) is the line in the file. Where the table has no ids,
+    a slide's is its file's name without the ending; where it has no paths, its ids must be names of
+    slide files.
+    """
+    table = read_table(path)
+    names = map_columns(path, table.columns, columns)
+    table = keep_rows(path, table, where or {})
+    found = pd.DataFrame({role: table[name] for role, name in names.items()}, index=table.index)
+    if "path" not in found:
+        found["path"] = _paths_from_ids(path, found)
+    empty = found.index[found["path"] == ""].tolist()
+    if empty:
+        raise InputError(f"{path}, row {empty[0]}: path is empty; fill it or drop the row")
+    ids = found["slide_id"] if "slide_id" in found else found["path"].map(lambda p: Path(p).name)
+    found["slide_id"] = ids.map(strip_ending)
+    require_unique(path, found, "slide_id")
+    return found[[role for role in ROLES if role in found]]
+
+
+def read_slide_labels(
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, object] | None = None,
+) -> pd.DataFrame:
+    """Read a table of labels: slide_id, label, patient_id (the id where there is none).
+
+    Also split and mpp if it has them. Raises InputError as `read_labels` does.
+    """
+    table = read_table(path)
+    names = map_columns(path, table.columns, columns)
+    mapped = [name for role, name in (columns or {}).items() if name != role]
+    labels = read_labels(
+        path,
+        id_column=names.get("slide_id", "slide_id"),
+        label_column=names.get("label", "label"),
+        group_column=names.get("patient_id", "patient_id"),
+        split_column=names.get("split"),
+        required=mapped,
+        where=where,
+        remedy="say which it is with columns.slide_id=NAME and columns.label=NAME",
+    )
+    labels = labels.rename(columns={name: role for role, name in names.items()})
+    if "mpp" in names:
+        labels["mpp"] = table[names["mpp"]].reindex(labels.index)
+    labels["slide_id"] = labels["slide_id"].map(strip_ending)
+    require_unique(path, labels, "slide_id")
+    return labels
+
+
+def map_columns(
+    path: Path, present: Sequence[str], columns: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Find the table's column for each role that it has, and print what is not called so.
+
+    What `columns` gives must be there (InputError); then the role's own name; then a known tool's.
+    """
+    chosen = {role: name for role, name in (columns or {}).items() if name != role}
+    for role, name in chosen.items():
+        if name not in present:
+            raise InputError(
+                f"{path} has no column {name!r} for columns.{role}={name}; "
+                f"it has {', '.join(map(repr, present))}"
+            )
+    taken = set(chosen.values())
+    names = {r: r for r in ROLES if r in present and r not in taken} | chosen
+    for tool, known in KNOWN_TABLES.items():
+        if next(iter(known.values())) not in present:
+            continue
+        guessed = {r: n for r, n in known.items() if n in present and r not in names}
+        names |= guessed
+        if guessed:
+            shown = ", ".join(f"{role} from {name!r}" for role, name in guessed.items())
+            print(f"{path}: a table as of {tool}: {shown}")
+    return {role: names[role] for role in ROLES if role in names}
+
+
+def given_mpp(path: Path, number: int, row: Mapping[str, str]) -> float | None:
+    """Micrometres per pixel in a row of a table, None where it says nothing; else InputError."""
+    text = row.get("mpp", "")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise InputError(f"{path}, row {number}: mpp must be a positive number; got {text!r}")
+    return value
+
+
+def strip_ending(name: str) -> str:
+    """Drop the ending of a slide's or a feature file's name; other dots are part of the id."""
+    suffix = Path(name).suffix.lower()
+    known = SLIDE_ENDINGS | IMAGE_ENDINGS | set(_FEATURE_ENDINGS)
+    return name[: -len(suffix)] if suffix in known else name
+
+
+def _paths_from_ids(path: Path, table: pd.DataFrame) -> "pd.Series[str]":
+    ids = table["slide_id"] if "slide_id" in table else pd.Series([""], index=table.index[:1])
+    wrong = ids.index[[Path(i).suffix.lower() not in SLIDE_ENDINGS | IMAGE_ENDINGS for i in ids]]
+    if len(wrong):
+        raise InputError(
+            f"{path} has no column 'path', and row {wrong[0]} names no slide file; say which "
+            "column it is with columns.path=NAME, or give slides=FOLDER and labels=TABLE"
+        )
+    return ids
+
+
+def _locate(path: Path) -> Path:
+    """A folder stands for the slide in it (a DICOM series); anything else for itself."""
+    inside = list(walk_slides(path)) if path.is_dir() else []
+    return inside[0].path if len(inside) == 1 else path
