@@ -1,21 +1,21 @@
-"""Turn tiles into feature vectors: built-in statistics, or any timm or torch network."""
+"""Turn tiles into feature vectors: what an encoder is, and the built-in statistics."""
 
-import hashlib
 import importlib
-import importlib.util
 import inspect
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from pipelines.shared.errors import InputError
 
-if TYPE_CHECKING:
-    import torch
+ENCODERS = {
+    "stats": "pipelines.pathology.encoding:StatsEncoder",
+    "timm": "pipelines.pathology.tile_networks:TimmEncoder",
+    "huggingface": "pipelines.pathology.tile_networks:HuggingFaceEncoder",
+    "torch": "pipelines.pathology.tile_networks:TorchEncoder",
+}
+"""Encoders by the `name` of their configuration; imported when they are used."""
 
 _STATS_REVISION = 1
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -32,13 +32,16 @@ _RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
 class TileEncoder(Protocol):
     """Maps tiles to vectors; equal `name` and `fingerprint` mean equal features.
 
-    `in_workers` tells whether copies may run in worker processes (cheap to send, one thread).
+    `in_workers` tells whether copies may run in worker processes (cheap to send, one thread);
+    `feature_dtype` how its features are kept, `batch_size` how many tiles it takes at once.
     """
 
     name: str
     dim: int
     fingerprint: str
     in_workers: bool
+    feature_dtype: np.dtype
+    batch_size: int
 
     def __call__(self, tiles: np.ndarray) -> np.ndarray:
         """Encode uint8 RGB [n, h, w, 3] as float32 [n, dim]."""
@@ -46,24 +49,22 @@ class TileEncoder(Protocol):
 
 
 def build_encoder(name: str, **options: object) -> TileEncoder:
-    """Make an encoder by name: `stats`, `timm` or `torch`, with its own options.
+    """Make an encoder by name, one of `ENCODERS`, with its own options.
 
     Raises InputError for an unknown name or option, and lists the right ones.
     """
-    encoders: dict[str, Callable[..., TileEncoder]] = {
-        "stats": StatsEncoder,
-        "timm": TimmEncoder,
-        "torch": TorchEncoder,
-    }
-    if name not in encoders:
-        raise InputError(f"unknown encoder {name!r}; choose one of: {', '.join(encoders)}")
-    known = inspect.signature(encoders[name]).parameters
+    if name not in ENCODERS:
+        raise InputError(f"unknown encoder {name!r}; choose one of: {', '.join(ENCODERS)}")
+    module, _, kind = ENCODERS[name].partition(":")
+    encoder = getattr(importlib.import_module(module), kind)
+    known = inspect.signature(encoder).parameters
     wrong = [option for option in options if option not in known]
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
     if wrong or missing:
         found = f"unknown option {wrong[0]!r}" if wrong else f"option {missing[0]!r} is missing"
         raise InputError(f"encoder {name!r}: {found}; its options are: {', '.join(known)}")
-    return encoders[name](**options)
+    made: TileEncoder = encoder(**options)
+    return made
 
 
 class StatsEncoder:
@@ -81,6 +82,8 @@ class StatsEncoder:
     """
 
     in_workers = True
+    feature_dtype = np.dtype(np.float32)
+    batch_size = 64
 
     def __init__(self, grey: bool = False) -> None:
         self.grey = bool(grey)
@@ -101,128 +104,6 @@ class StatsEncoder:
         if not self.grey:
             blocks = _colour(tiles) + blocks
         return np.stack(blocks, axis=1).astype(np.float32)
-
-
-class _ModuleEncoder:
-    """Runs a torch module on normalised tiles, in this process."""
-
-    in_workers = False
-
-    def __init__(
-        self,
-        module: "torch.nn.Module",
-        name: str,
-        *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        input_px: int | None,
-        device: str,
-        batch_size: int,
-    ) -> None:
-        import torch
-
-        self.name = name
-        self._module = module.eval().requires_grad_(False).to(device)
-        self._mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(std, device=device).view(1, 3, 1, 1)
-        self._input_px, self._device, self._batch_size = input_px, device, batch_size
-        self.fingerprint = _module_digest(module, (mean, std, input_px))
-        side = input_px or 224
-        self.dim = self(np.zeros((1, side, side, 3), dtype=np.uint8)).shape[1]
-
-    def __call__(self, tiles: np.ndarray) -> np.ndarray:
-        """Encode uint8 RGB [n, h, w, 3] as float32 [n, dim]."""
-        _check_tiles(tiles)
-        starts = range(0, len(tiles), self._batch_size)
-        parts = [self._encode(tiles[start : start + self._batch_size]) for start in starts]
-        return np.concatenate(parts)
-
-    def _encode(self, tiles: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.inference_mode():
-            x = torch.from_numpy(np.ascontiguousarray(tiles)).to(self._device)
-            x = (x.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
-            if self._input_px is not None and x.shape[-1] != self._input_px:
-                size = (self._input_px, self._input_px)
-                x = torch.nn.functional.interpolate(x, size, mode="bicubic", antialias=True)
-            out = self._module(x)
-        if not isinstance(out, torch.Tensor) or out.ndim != 2:
-            shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise InputError(
-                f"encoder {self.name!r} must map [n, 3, h, w] to [n, dim]; it gave {shape}"
-            )
-        return out.float().cpu().numpy()
-
-
-class TimmEncoder(_ModuleEncoder):
-    """A timm model without its classifier; needs the extra `encoders`.
-
-    `model` is timm's name. `weights` is a local `.safetensors` or torch file; without it timm
-    fetches its pretrained weights.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        weights: str | Path | None = None,
-        device: str = "cpu",
-        batch_size: int = 64,
-    ) -> None:
-        timm = _import_timm()
-        if not timm.is_model(model):
-            near = ", ".join(timm.list_models(f"*{model}*")[:5]) or "see timm.list_models()"
-            raise InputError(f"timm has no model {model!r}; similar: {near}")
-        try:
-            module = timm.create_model(model, pretrained=weights is None, num_classes=0)
-        except (OSError, RuntimeError) as error:
-            message = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"timm cannot make {model!r}: {message}; without a network give weights=FILE"
-            ) from error
-        if weights is not None:
-            _load_weights(module, Path(weights))
-        data = timm.data.resolve_model_data_config(module)
-        super().__init__(
-            module,
-            f"timm_{model}".replace("/", "_"),
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-            input_px=int(data["input_size"][-1]),
-            device=device,
-            batch_size=batch_size,
-        )
-
-
-class TorchEncoder(_ModuleEncoder):
-    """Your own network: `factory` is `package.module:function`, which returns a torch module.
-
-    The module maps normalised float [n, 3, h, w] to [n, dim]. `weights` is a local
-    `.safetensors` or torch state dict. Tiles keep their size unless `input_px` is given.
-    """
-
-    def __init__(
-        self,
-        factory: str,
-        weights: str | Path | None = None,
-        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
-        input_px: int | None = None,
-        device: str = "cpu",
-        batch_size: int = 64,
-    ) -> None:
-        module = _call_factory(factory)
-        if weights is not None:
-            _load_weights(module, Path(weights))
-        super().__init__(
-            module,
-            f"torch_{factory.replace(':', '.')}",
-            mean=tuple(mean),
-            std=tuple(std),
-            input_px=input_px,
-            device=device,
-            batch_size=batch_size,
-        )
 
 
 def _check_tiles(tiles: np.ndarray) -> None:
@@ -399,75 +280,3 @@ def _mean_square(values: np.ndarray) -> np.ndarray:
 
 def _variance(grey: np.ndarray) -> np.ndarray:
     return np.maximum(_mean_square(grey) - _mean(grey) ** 2, 0.0)
-
-
-def _import_timm() -> ModuleType:
-    if importlib.util.find_spec("timm") is None:
-        raise InputError("encoder 'timm' needs timm: pip install -e '.[encoders]'")
-    try:
-        return importlib.import_module("timm")
-    except (ImportError, RuntimeError, OSError) as error:
-        raise InputError(
-            f"timm is installed but cannot be imported: {error}; "
-            "its torchvision must be of the same build (CPU or CUDA) and release as torch"
-        ) from error
-
-
-def _load_weights(module: "torch.nn.Module", path: Path) -> None:
-    import torch
-
-    if not path.is_file():
-        raise InputError(f"encoder weights {path} do not exist; check weights=FILE")
-    try:
-        if path.suffix == ".safetensors":
-            state = _load_safetensors(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(state.get("state_dict", state))
-    except InputError:
-        raise
-    except Exception as error:
-        message = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"encoder weights {path} do not fit the model: {message}; give a plain state dict "
-            "of this architecture (.safetensors or .pt)"
-        ) from error
-
-
-def _load_safetensors(path: Path) -> "dict[str, torch.Tensor]":
-    if importlib.util.find_spec("safetensors") is None:
-        raise InputError(
-            f"reading {path} needs safetensors; install it with: pip install -e '.[encoders]'"
-        )
-    state: dict[str, torch.Tensor] = importlib.import_module("safetensors.torch").load_file(path)
-    return state
-
-
-def _call_factory(factory: str) -> "torch.nn.Module":
-    import torch
-
-    module_name, _, function = factory.partition(":")
-    try:
-        made = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"encoder factory {factory!r} cannot be called: {error}; "
-            "give `package.module:function`, importable from here"
-        ) from error
-    if not isinstance(made, torch.nn.Module):
-        raise InputError(f"encoder factory {factory!r} gave {type(made).__name__}, no torch module")
-    return made
-
-
-def _module_digest(module: "torch.nn.Module", settings: object) -> str:
-    digest = hashlib.sha256(repr(settings).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=_byte_type()).numpy())
-    return digest.hexdigest()[:32]
-
-
-def _byte_type() -> "torch.dtype":
-    import torch
-
-    return torch.uint8

@@ -74,7 +74,7 @@ def test_wrong_tiles_are_refused(tiles):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet", {}, "choose one of: stats, timm, torch"),
+        ("resnet", {}, "choose one of: stats, timm, huggingface, torch"),
         ("stats", {"gray": True}, "unknown option 'gray'.*grey"),
         ("timm", {}, "'model' is missing"),
         ("torch", {"factory": "no.such:thing"}, "cannot be called"),
