@@ -18,6 +18,7 @@ import torch
 
 from sparse_core.bench.cases import CASES, Case
 from sparse_core.bench.contenders import contenders
+from sparse_core.bench.encoder import run_encoder
 from sparse_core.bench.host import host_lines, memory_of_one_call
 from sparse_core.bench.layouts import measure_layouts
 from sparse_core.bench.measure import is_alive, measure_case
@@ -56,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no case {', '.join(sorted(unknown))}; --list shows them all")
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
+    if given.encoder:
+        if not torch.cuda.is_available():
+            parser.error("the encoder is measured on a CUDA device, and there is none here")
+        device = torch.device("cuda")
+        return run_encoder(describe_machine(device), given.out, device)
     if torch.cuda.is_available():
         plan = Plan(
             tuple(case for case in CASES if not names or case.name in names),
@@ -122,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument(
         "--max-autotune", action="store_true", help="FlexAttention also as max-autotune compiles it"
+    )
+    parser.add_argument(
+        "--encoder", action="store_true", help="training steps of a whole encoder instead"
     )
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     return parser
