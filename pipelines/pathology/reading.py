@@ -18,12 +18,7 @@ import tifffile
 from PIL import Image
 
 from pipelines.pathology.slides import SlideError, SlideReader
-
-COARSER_TOLERANCE = 0.01
-"""A level may be so much coarser than what is wanted and still be read."""
-
-UNTOUCHED_TOLERANCE = 1e-3
-"""Pixels whose size differs by less from what is wanted are taken as they are."""
+from pipelines.pathology.tiling import TilePlan, choose_level
 
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -75,35 +70,24 @@ class RegionSource(Protocol):
 
 
 class TileReader:
-    """Reads the tiles of one geometry from an open slide; use it in a `with` statement.
+    """Reads the tiles of a plan from an open slide; use it in a `with` statement.
 
-    A tile is a square of `pitch0` level-0 pixels that becomes `tile_px` pixels a side. It is read
-    from the coarsest level that is fine enough (`level`) and reduced by `resampling`; where that
-    level has the wanted resolution already (within 0.1 %) its pixels stay untouched. A tile's
+    Pixels come from the coarsest level that is fine enough and are reduced by a named filter
+    (`level`); where that level has the plan's resolution already they stay untouched. A tile's
     pixels depend on the slide and its own square alone, not on the tiles read with it.
 
     `source` names what to read with; `auto` takes the file's own JPEG tiles where it has them.
-    Raises SlideError `unreadable` when `jpeg_tiles` is asked for and the level has none.
+    Raises SlideError `too_coarse`, and `unreadable` when `jpeg_tiles` is asked for and the level
+    has none.
     """
 
-    def __init__(
-        self,
-        reader: SlideReader,
-        *,
-        pitch0: float,
-        tile_px: int,
-        resampling: str = "lanczos",
-        source: Source = "auto",
-    ) -> None:
-        self.tile_px = tile_px
-        self.level = choose_level(reader.level_downsamples, pitch0 / tile_px)
-        self._downsample = reader.level_downsamples[self.level]
-        self._limit = np.array(reader.level_dimensions[self.level])
-        level_px = pitch0 / self._downsample
-        self.untouched = abs(level_px / tile_px - 1) <= UNTOUCHED_TOLERANCE
-        self._size = float(tile_px) if self.untouched else level_px
-        self._filter = FILTERS[resampling]
-        self.source = _open_source(reader, self.level, source)
+    def __init__(self, reader: SlideReader, plan: TilePlan, *, source: Source = "auto") -> None:
+        self.tile_px = plan.tile_px
+        self.level = choose_level(reader, plan.mpp)
+        self._untouched = self.level.filter == "none"
+        self._limit = np.array(reader.level_dimensions[self.level.level])
+        self._size = float(self.tile_px) if self._untouched else self.tile_px * self.level.shrink
+        self.source = _open_source(reader, self.level.level, source)
 
     def read(self, xy0: np.ndarray) -> TileBatch:
         """Read the tiles whose corners stand at `xy0` [n, 2], in level-0 pixels.
@@ -138,8 +122,8 @@ class TileReader:
         self.close()
 
     def _corners(self, xy0: np.ndarray) -> np.ndarray:
-        corners = np.asarray(xy0, dtype=np.float64).reshape(-1, 2) / self._downsample
-        if self.untouched:
+        corners = np.asarray(xy0, dtype=np.float64).reshape(-1, 2) / self.level.downsample
+        if self._untouched:
             corners = np.rint(corners)
         inside = np.clip(corners, 0, np.maximum(0, self._limit - self._size))
         if np.abs(inside - corners).max(initial=0.0) > 1.5:  # more than rounding explains
@@ -154,21 +138,12 @@ class TileReader:
             for corner, limit in zip((x, y), self._limit, strict=True)
         )
         region = self.source.read(left, top, right - left, bottom - top)
-        if self.untouched:
+        if self._untouched:
             return region
         box = (x - left, y - top, min(x - left + self._size, right - left),
                min(y - top + self._size, bottom - top))  # fmt: skip
         side = (self.tile_px, self.tile_px)
-        return np.asarray(Image.fromarray(region).resize(side, self._filter, box=box))
-
-
-def choose_level(downsamples: tuple[float, ...], wanted: float) -> int:
-    """Return the coarsest level whose downsample is `wanted` at most, with 1 % tolerance."""
-    return max(
-        level
-        for level, downsample in enumerate(downsamples)
-        if level == 0 or downsample <= wanted * (1 + COARSER_TOLERANCE)
-    )
+        return np.asarray(Image.fromarray(region).resize(side, FILTERS[self.level.filter], box=box))
 
 
 class OpenSlideRegions:
