@@ -1,4 +1,4 @@
-"""`python -m pipelines.pathology {train,predict,scale} [KEY=VALUE ...]`."""
+"""`python -m pipelines.pathology VERB [KEY=VALUE ...]`."""
 
 from pipelines.shared.cli import Verb, main
 
@@ -24,6 +24,41 @@ VERBS = {
         path_keys=("slides", "ckpt", "out", "features"),
         required=("slides", "ckpt"),
         examples=("slides=SLIDES ckpt=runs/pathology/model.ckpt out=predictions",),
+    ),
+    "tile": Verb(
+        summary="Find the tissue of slides and lay tiles over it; previews, outlines for QuPath.",
+        config="pathology_tile",
+        function="pipelines.pathology.tile:tile",
+        path_keys=("slides", "root", "out", "outlines"),
+        required=("slides",),
+        examples=(
+            "slides=SLIDES dry_run=true",
+            "slides=SLIDES.xlsx columns.slide_id=Case tile_um=256 mpp=1.142857 out=tiles",
+            "slides=SLIDES out=tiles outlines=EDITED leave_out=[pen,dark,blur]",
+        ),
+    ),
+    "import": Verb(
+        summary="Import tile features of TRIDENT, CLAM, STAMP, GigaPath or slide2vec.",
+        config="pathology_import",
+        function="pipelines.pathology.importing:import_features",
+        path_keys=("source", "out", "features", "patches", "slides", "mpps"),
+        required=("source",),
+        examples=(
+            "source=trident_job/20x_256px_0px_overlap/features_uni_v1 mpps=mpp.csv dry_run=true",
+            "source=CLAM/FEATURES slides=SLIDES encoder=resnet50 snap=true",
+            "source=features.h5 unit=level0_px tile=512 mpp=0.25",
+        ),
+    ),
+    "export": Verb(
+        summary="Export stored slides: TRIDENT's HDF5, tensors, or tiles for QuPath.",
+        config="pathology_export",
+        function="pipelines.pathology.exporting:export_features",
+        path_keys=("features", "out"),
+        required=("features",),
+        examples=(
+            "features=runs/mine/features out=exported",
+            "features=runs/mine/features format=geojson out=qupath",
+        ),
     ),
     "scale": Verb(
         summary="Time a training step and its memory against the number of tiles of a slide.",

@@ -51,6 +51,10 @@ def list_slides(
     """
     source = Path(source)
     if not is_table(source):
+        if where:
+            raise InputError(
+                f"where.{next(iter(where))}= chooses rows of a table; {source} is none"
+            )
         single = source.is_file() and source.suffix.lower() in SLIDE_ENDINGS | IMAGE_ENDINGS
         return [SlideFile(source.stem, source)] if single else find_slides(source)
     table = read_slide_table(source, columns=columns, where=where)

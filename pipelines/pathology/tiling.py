@@ -7,8 +7,9 @@ cell that touches tissue with what is known of it; a plan's thresholds only choo
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,7 @@ from pipelines.pathology.tissue import (
     area_share,
     find_tissue,
 )
+from pipelines.shared.errors import InputError
 
 MIN_TILE_PX = 16
 LEAST_TISSUE = 1e-6
@@ -151,6 +153,22 @@ class ReadingLevel:
     downsample: float
     shrink: float
     filter: str
+
+
+def make_plan(config: Mapping[str, Any]) -> TilePlan:
+    """Take the plan from a verb's configuration: tile_px, or tile_um in its place, and the rest.
+
+    Raises InputError for values that make no plan.
+    """
+    names = ("mpp", "min_tissue", "leave_out", "max_flagged")
+    given = {name: config[name] for name in names if name in config}
+    tile_px, tile_um = config["tile_px"], config.get("tile_um")
+    if tile_um is not None:
+        tile_px = _pixels_of(tile_um, given["mpp"])
+    try:
+        return TilePlan(tile_px, **given)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from None
 
 
 def choose_level(reader: SlideReader, mpp: float) -> ReadingLevel:
@@ -296,3 +314,16 @@ def _resample(pixels: np.ndarray, corners: np.ndarray, size: float, tile_px: int
 
 def _digest(values: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _pixels_of(tile_um: object, mpp: float) -> int:
+    if not isinstance(tile_um, int | float) or not 0 < tile_um < float("inf"):
+        raise InputError(f"tile_um must be a positive number of micrometres; got {tile_um!r}")
+    exact = tile_um / mpp
+    if abs(exact - round(exact)) > 1e-3:
+        better = tile_um / max(1, round(exact))
+        raise InputError(
+            f"tile_um={tile_um:g} at mpp={mpp:g} is {exact:.3f} pixels; give mpp={better:.6g}, "
+            f"at which it is {round(exact)}"
+        )
+    return round(exact)

@@ -1,0 +1,71 @@
+"""Keep surveys on disk, one file per slide: complete or absent, and the same bytes every time."""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.pathology.tiling import Survey
+from pipelines.pathology.tissue import TissueMask
+
+SCHEMA = 1
+_ENDING = ".npz"
+_FLAG, _WHERE = "flagged_", "where_"
+
+
+def survey_file(folder: Path, slide_id: str) -> Path:
+    """Return where a slide's survey stands."""
+    return folder / f"{slide_id}{_ENDING}"
+
+
+def write_survey(path: Path, survey: Survey, made_from: Mapping[str, object]) -> None:
+    """Write a survey, aside and renamed, with the values that it depends on."""
+    mask = survey.mask
+    about = {
+        "schema": SCHEMA,
+        "made_from": dict(made_from),
+        "pitch0": survey.pitch0,
+        "scale": list(mask.scale),
+        "threshold": mask.threshold,
+        "threshold_source": mask.threshold_source,
+    }
+    arrays = {
+        "about": np.array(json.dumps(about, sort_keys=True)),
+        "grid": survey.grid,
+        "xy0": survey.xy0,
+        "tissue": survey.tissue,
+        "mask": mask.mask,
+        "overview": mask.overview,
+    }
+    arrays |= {_FLAG + name: share for name, share in survey.flagged.items()}
+    arrays |= {_WHERE + name: where for name, where in mask.flags.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with aside.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    os.replace(aside, path)
+
+
+def read_survey(path: Path, made_from: Mapping[str, object]) -> Survey | None:
+    """Read a survey that was made from these very values; None where there is none."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            about = json.loads(str(arrays["about"]))
+            if about["schema"] != SCHEMA or about["made_from"] != dict(made_from):
+                return None
+            kept = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # absent or damaged: it is made again
+    mask = TissueMask(
+        kept["mask"],
+        kept["overview"],
+        (about["scale"][0], about["scale"][1]),
+        about["threshold"],
+        about["threshold_source"],
+        {name.removeprefix(_WHERE): kept[name] for name in kept if name.startswith(_WHERE)},
+    )
+    flagged = {name.removeprefix(_FLAG): kept[name] for name in kept if name.startswith(_FLAG)}
+    return Survey(kept["grid"], kept["xy0"], kept["tissue"], flagged, about["pitch0"], mask)
