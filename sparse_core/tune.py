@@ -208,9 +208,9 @@ def _time(trial: Trial) -> float:
             return _median(forward)
         out, lse = forward()
         call = engine.Backward(
-            q=q, k=k, v=v, grad_out=grad, out=out, lse=lse, grad_lse=torch.zeros_like(lse),
-            key_bias=None, alibi_slopes=None, delta=torch.zeros_like(lse),
-            shift=torch.zeros_like(lse), layout=layout, scale=scale, precision=precision,
+            q=q, k=k, v=v, grad_out=grad, out=out, lse=lse, grad_lse=None, key_bias=None,
+            alibi_slopes=None, row_terms=lse.new_zeros((*lse.shape, 2)), layout=layout, scale=scale,
+            precision=precision,
         )  # fmt: skip
         return _median(call.by_queries if trial.kernel == "query" else call.by_keys)
 

@@ -1,9 +1,9 @@
 """Gradients in two passes without atomics: dQ by query blocks, then dK and dV by key blocks.
 
 Probabilities come again from the log-sum-exp (Dao et al. 2022, algorithm 4). The first pass leaves
-two numbers of each query for the second: delta, the sum of out * grad_out less the log-sum-exp's
-gradient, and shift, the log-sum-exp in base 2, +inf where there are no keys. The second works on
-transposed tiles (keys by queries), so that no dot's result is ever transposed.
+two numbers of each query side by side for the second: shift, the log-sum-exp in base 2, +inf where
+there are no keys, and delta, the sum of out * grad_out less the log-sum-exp's gradient. The second
+works on transposed tiles (keys by queries), so that no dot's result is ever transposed.
 """
 
 import triton
@@ -133,8 +133,7 @@ def query_kernel(
     grad_out,
     lse,
     grad_lse,
-    delta,
-    shift,
+    row_terms,
     key_bias,
     slopes,
     grad_q,
@@ -235,8 +234,8 @@ def query_kernel(
     # a row without keys has weights of 0, whatever its scores
     row_shift = tl.where(row_lse == -float("inf"), float("inf"), row_lse * LOG2_E)
     if slot < 0 or first == 0:
-        tl.store(delta + rows, row_delta, mask=exists)
-        tl.store(shift + rows, row_shift, mask=exists)
+        tl.store(row_terms + rows * 2, row_shift, mask=exists)
+        tl.store(row_terms + rows * 2 + 1, row_delta, mask=exists)
     places, known = tokens, exists
     if PRIOR or not FINAL:
         if state_of is not None:
@@ -301,8 +300,7 @@ def key_steps(
     own_bias,
     q,
     grad_out,
-    delta,
-    shift,
+    row_terms,
     slope,
     part,
     num_others,
@@ -358,11 +356,12 @@ def key_steps(
             scores += own_bias[:, None]
         if slope is not None:
             scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
+        pairs = row_terms + (tokens[:, None] * 2 + tl.arange(0, 2)[None, :])
         if CHECK:
-            row_shift = tl.load(shift + tokens, mask=exists, other=float("inf"))
-            row_delta = tl.load(delta + tokens, mask=exists, other=0.0)
+            row_shift, row_delta = tl.split(tl.load(pairs, mask=exists[:, None], other=0.0))
+            row_shift = tl.where(exists, row_shift, float("inf"))
         else:
-            row_shift, row_delta = tl.load(shift + tokens), tl.load(delta + tokens)
+            row_shift, row_delta = tl.split(tl.load(pairs))
         weights = tl.math.exp2(scores * scale - row_shift[None, :])
         if MASKED:
             other_flags = tl.load(query_flags + tokens, mask=exists, other=0)
@@ -394,8 +393,7 @@ def key_kernel(
     k,
     v,
     grad_out,
-    delta,
-    shift,
+    row_terms,
     key_bias,
     slopes,
     grad_k,
@@ -511,7 +509,7 @@ def key_kernel(
         )
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            delta + line * num_queries, shift + line * num_queries, slope, parts[s],
+            row_terms + line * num_queries * 2, slope, parts[s],
             num_queries, numbers[s],
             query_coords, query_flags, tokens, own_coords, own_flags,
             own_inner, begin, middle,
@@ -520,7 +518,7 @@ def key_kernel(
         )  # fmt: skip
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            delta + line * num_queries, shift + line * num_queries, slope, parts[s],
+            row_terms + line * num_queries * 2, slope, parts[s],
             num_queries, numbers[s],
             query_coords, query_flags, tokens, own_coords, own_flags,
             own_inner, middle, end,

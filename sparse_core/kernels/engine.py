@@ -79,8 +79,7 @@ def backward(
         grad_lse=None if grad_lse is None else grad_lse.float().contiguous(),
         key_bias=_contiguous(key_bias),
         alibi_slopes=_contiguous(alibi_slopes),
-        delta=_numbers(q, q.shape[1]),
-        shift=_numbers(q, q.shape[1]),
+        row_terms=_numbers(q, 2 * q.shape[1]),
         layout=layout,
         scale=scale,
         precision=precision,
@@ -98,7 +97,7 @@ def backward(
 
 @dataclass(frozen=True)
 class Backward:
-    """The contiguous inputs of one backward call; the first pass fills `delta` and `shift`."""
+    """The contiguous inputs of one backward call; the first pass fills `row_terms`."""
 
     q: Tensor
     k: Tensor
@@ -109,14 +108,13 @@ class Backward:
     grad_lse: Tensor | None
     key_bias: Tensor | None
     alibi_slopes: Tensor | None
-    delta: Tensor
-    shift: Tensor
+    row_terms: Tensor
     layout: BlockLayout
     scale: float
     precision: str
 
     def by_queries(self) -> tuple[Tensor, Tensor | None]:
-        """Compute dQ and the gradient of the slopes; leave delta and shift."""
+        """Compute dQ and the gradient of the slopes; leave the row terms."""
         q, agenda = self.q, self.layout.schedule.queries
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         grad_slopes = None if self.alibi_slopes is None else q.new_zeros(q.shape[2]).float()
@@ -131,8 +129,8 @@ class Backward:
             if grad_slopes is not None:
                 shares = _numbers(q, step.num_programs).zero_()
             query_kernel[step.grid(q)](
-                q, self.k, self.v, self.out, self.grad_out, self.lse, self.grad_lse, self.delta,
-                self.shift, self.key_bias, self.alibi_slopes, grad_q, shares, state.rows,
+                q, self.k, self.v, self.out, self.grad_out, self.lse, self.grad_lse,
+                self.row_terms, self.key_bias, self.alibi_slopes, grad_q, shares, state.rows,
                 step.state_of, pieces.rows, *step.description, self.scale, self.scale * LOG2_E,
                 *step.sizes, *_strides(q, self.k, self.v, self.grad_out), **step.constants,
             )  # fmt: skip
@@ -162,7 +160,7 @@ class Backward:
             room = step.num_slots * step.own.size
             pieces_k, pieces_v = _Scratch.empty(q, room), _Scratch.empty(q, room)
             key_kernel[step.grid(q)](
-                q, k, self.v, self.grad_out, self.delta, self.shift, self.key_bias,
+                q, k, self.v, self.grad_out, self.row_terms, self.key_bias,
                 self.alibi_slopes, grad_k, grad_v, bias, state_k.rows, state_v.rows,
                 state_k.vector, step.state_of, pieces_k.rows, pieces_v.rows, pieces_k.vector,
                 *step.description, self.scale, self.scale * LOG2_E, *step.sizes,

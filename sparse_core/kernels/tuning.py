@@ -236,7 +236,7 @@ _HALF: dict[Kernel, tuple[Config, ...]] = {
     "key": (
         Config(64, 32, 4, 3, 168),
         Config(64, 32, 4, 3, 128),
-        Config(64, 32, 4, 2, 168),
+        Config(64, 64, 4, 2, 168),
         Config(64, 64, 4, 2),
     ),
 }
