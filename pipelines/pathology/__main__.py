@@ -45,7 +45,7 @@ VERBS = {
         required=("source",),
         examples=(
             "source=trident_job/20x_256px_0px_overlap/features_uni_v1 mpps=mpp.csv dry_run=true",
-            "source=CLAM/FEATURES slides=SLIDES encoder=resnet50 snap=true",
+            "source=CLAM/FEATURES slides=SLIDES encoder_name=resnet50 snap=true",
             "source=features.h5 unit=level0_px tile=512 mpp=0.25",
         ),
     ),

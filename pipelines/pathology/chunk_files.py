@@ -23,7 +23,7 @@ _CRC_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where an array's rows are: `chunk_rows` in a chunk, `shard_chunks` in a file (0: no shard)."""
+    """Where rows are: `chunk_rows` in a chunk, `shard_chunks` chunks in a file (0: no shards)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

@@ -8,11 +8,12 @@
       features/<encoder> float     [N, E]
       overview  uint8   [h, w, 3]  the slide at about 8 um per pixel, for heatmaps
       mask      bool    [h, w]     tissue on the overview
+      survey_row int64  [N]        row in the survey of all tiles that it was chosen from
       source_row int64  [N]        row in the file of another tool that it was imported from
 
 Rows stand in Hilbert order. Attributes tell where everything came from; `digest` is of the arrays
 alone, so that equal content has equal digests whenever and wherever it was written. Imported slides
-have no overview and no mask, slides of our own no source_row.
+have source_row, and neither overview, mask nor survey_row.
 """
 
 import glob
@@ -150,6 +151,8 @@ def write_slide(
         "overview": tiles.mask.overview,
         "mask": tiles.mask.mask,
     }
+    if tiles.index is not None:
+        arrays["survey_row"] = tiles.index.astype(np.int64)
     write_group(folder, attributes, arrays)
 
 
@@ -318,10 +321,13 @@ def _attributes(
         "slide_quickhash": reader.quickhash,
         "vendor": reader.vendor,
         "dimensions": list(reader.dimensions),
+        "bounds": list(reader.bounds),
         "mpp": reader.mpp,
         "mpp_source": reader.mpp_source,
         "plan": plan.params,
         "plan_hash": plan.hash,
+        "grid_hash": plan.grid_hash,
+        "tile_px": plan.tile_px,
         "pitch0": tiles.pitch0,
         "order": "hilbert",
         "num_tiles": len(tiles),
