@@ -1,35 +1,75 @@
-"""From slide files to stored tile features, past every slide that fails."""
+"""From slide files to stored tile features, past every slide that fails.
+
+Many slides and a cheap encoder: each process does whole slides. Few slides, or an encoder that
+stays in this process (a network on a GPU): slides come one after another, and processes read the
+tiles of each ahead of the encoder.
+"""
 
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.pathology.encoding import TileEncoder
 from pipelines.pathology.progress import track
+from pipelines.pathology.reading import Source, TileReader
 from pipelines.pathology.slides import SlideError, SlideFile, open_slide, slide_fingerprint
-from pipelines.pathology.store import Provenance, is_current, slide_folder, write_slide
-from pipelines.pathology.tiling import TilePlan, plan_tiles, read_tiles
+from pipelines.pathology.store import (
+    Provenance,
+    is_current,
+    read_provenance,
+    read_slide,
+    slide_folder,
+    write_slide,
+)
+from pipelines.pathology.tile_features import (
+    TileFeatures,
+    TileRequest,
+    encode_tiles,
+    select_tiles,
+)
+from pipelines.pathology.tiling import TilePlan, Tiles, plan_tiles
+from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure
 
 _SLIDES_PER_WORKER = 8  # fewer do not repay the start of a process
+_TILES_PER_WORKER = 400  # nor do fewer tiles of one slide
+
+
+@dataclass(frozen=True, slots=True)
+class SlideReport:
+    """How a slide was read: by what (`source`, and `why`), and how many tiles of it.
+
+    `num_reused` tiles had features already; `num_damaged` could not be read and are left out,
+    `damage` says what the first of them met.
+    """
+
+    slide_id: str
+    num_tiles: int
+    num_reused: int
+    num_damaged: int
+    damage: str | None
+    source: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractionReport:
     """What became of the slides, in their given order.
 
-    `done` are the ids with current features, `num_reused` how many of them were there before.
+    `done` are the ids with current features, `num_reused` how many of them were there before;
+    `read` tells of the others how they were read.
     """
 
     done: list[str]
     failures: list[Failure]
     num_reused: int
+    read: list[SlideReport]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +79,18 @@ class _Job:
     plan: TilePlan
     encoder: TileEncoder
     mpp: float | None
+    source: Source
+
+    @property
+    def folder(self) -> Path:
+        return slide_folder(self.store, self.slide.slide_id)
+
+    @property
+    def request(self) -> TileRequest:
+        return TileRequest(self.slide.path, self.mpp, self.plan, self.source)
+
+
+Outcome = SlideReport | Failure
 
 
 def extract_features(
@@ -50,26 +102,38 @@ def extract_features(
     mpps: Mapping[str, float] | None = None,
     workers: int | None = None,
     progress: bool = True,
+    source: Source = "auto",
+    new_thresholds: bool = False,
 ) -> ExtractionReport:
     """Bring the store up to date for `slides`; a slide that fails is reported, not raised.
 
-    Features that are current (same file, plan, encoder and given mpp) are kept, others replaced.
-    `mpps` gives um per pixel by slide id where the file's own value is missing or wrong.
+    Features that are current (same file, plan, encoder and given mpp) are kept. Those of a file
+    that has changed are made anew. `mpps` gives um per pixel by slide id, above what `slides` say.
     `workers` defaults to one process per core; the result does not depend on it.
+
+    Raises InputError where the store holds features of another encoder or plan: they are never
+    mixed nor overwritten. With `new_thresholds`, plans that differ only in which tiles they choose
+    are no others: tiles that have features keep them, and the rest are made.
     """
-    jobs = [_Job(s, store, plan, encoder, (mpps or {}).get(s.slide_id)) for s in slides]
-    todo = [job for job in jobs if not _is_done(job)]
+    given = mpps or {}
+    jobs = [
+        _Job(slide, store, plan, encoder, given.get(slide.slide_id, slide.mpp), source)
+        for slide in slides
+    ]
+    _refuse_others(jobs, new_thresholds=new_thresholds)
+    todo = [job for job in jobs if not is_done(job)]
     store.mkdir(parents=True, exist_ok=True)
-    failures: dict[str, Failure] = {}
-    results = _run(todo, _num_workers(workers, len(todo), encoder))
-    for slide_id, failure in track(results, total=len(todo), label="features", enabled=progress):
-        if failure is not None:
-            failures[slide_id] = failure
+    outcomes: dict[str, Outcome] = {}
+    results = _run(todo, workers)
+    for slide_id, outcome in track(results, total=len(todo), label="features", enabled=progress):
+        outcomes[slide_id] = outcome
+    failures = {key: value for key, value in outcomes.items() if isinstance(value, Failure)}
     ids = [slide.slide_id for slide in slides]
     return ExtractionReport(
         done=[slide_id for slide_id in ids if slide_id not in failures],
         failures=[failures[slide_id] for slide_id in ids if slide_id in failures],
         num_reused=len(jobs) - len(todo),
+        read=[o for i in ids if isinstance(o := outcomes.get(i), SlideReport)],
     )
 
 
@@ -83,44 +147,121 @@ def _provenance(job: _Job) -> Provenance:
     )
 
 
-def _is_done(job: _Job) -> bool:
-    folder = slide_folder(job.store, job.slide.slide_id)
+def _refuse_others(jobs: Iterable[_Job], *, new_thresholds: bool) -> None:
+    """Raise InputError where a slide's stored features are of another encoder or plan."""
+    for job in jobs:
+        held = read_provenance(job.folder) if job.folder.exists() else None
+        if held is None:
+            continue
+        ours = (job.encoder.name, job.encoder.fingerprint)
+        theirs = (held.get("encoder"), held.get("encoder_fingerprint"))
+        if theirs != ours:
+            difference = f"of encoder {_shown(theirs)}, not of {_shown(ours)}"
+        elif held.get("plan_hash") != job.plan.hash and not (new_thresholds and _same_grid(job)):
+            difference = f"of tiles cut otherwise (there -> here): {_plan_difference(job)}"
+        else:
+            continue
+        raise InputError(
+            f"{job.folder} holds features {difference}; they are never mixed: give another "
+            "features=FOLDER, or the settings that these were made with"
+        )
+
+
+def _shown(encoder: tuple[object, object]) -> str:
+    name, fingerprint = encoder
+    return f"{name} (fingerprint {str(fingerprint)[:12]})"
+
+
+def _plan_difference(job: _Job) -> str:
+    there, here = read_slide(job.folder).attributes.get("plan", {}), job.plan.params
+    keys = [key for key in here if there.get(key) != here[key]]
+    return ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in keys)
+
+
+def _same_grid(job: _Job) -> bool:
+    return read_slide(job.folder).attributes.get("grid_hash") == job.plan.grid_hash
+
+
+def is_done(job: _Job) -> bool:
+    """Tell whether a slide has the features that the job would make."""
     try:
-        return folder.exists() and is_current(folder, _provenance(job))
+        return job.folder.exists() and is_current(job.folder, _provenance(job))
     except OSError:  # the slide cannot be read: extraction will say why
         return False
 
 
-def _num_workers(wanted: int | None, num_jobs: int, encoder: TileEncoder) -> int:
-    if not encoder.in_workers:
-        return 1
+def _num_processes(wanted: int | None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    most = num_jobs // _SLIDES_PER_WORKER if wanted is None else num_jobs
-    return max(1, min(wanted or cores or 1, most))
+    return max(1, wanted or cores or 1)
 
 
-def _run(jobs: list[_Job], workers: int) -> Iterator[tuple[str, Failure | None]]:
-    if workers == 1:
-        return map(_extract_one, jobs)
-    return _run_in_processes(jobs, workers)
+def _run(jobs: list[_Job], wanted: int | None) -> Iterator[tuple[str, Outcome]]:
+    if not jobs:
+        return iter(())
+    processes = _num_processes(wanted)
+    most = len(jobs) // _SLIDES_PER_WORKER if wanted is None else len(jobs)
+    if jobs[0].encoder.in_workers and min(processes, most) > 1:
+        return _run_by_slides(jobs, min(processes, most))
+    return _run_by_tiles(jobs, processes)
 
 
-def _run_in_processes(jobs: list[_Job], workers: int) -> Iterator[tuple[str, Failure | None]]:
+def _run_by_tiles(jobs: list[_Job], processes: int) -> Iterator[tuple[str, Outcome]]:
+    """One slide after another; the tiles of a large one are read in processes."""
+    with _TilePool(processes) as pool:
+        for job in jobs:
+            yield job.slide.slide_id, _extract_one(job, pool)
+
+
+class _TilePool:
+    """Processes that read tiles: started for the first slide that repays it."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def for_tiles(self, count: int) -> ProcessPoolExecutor | None:
+        """Return the pool, or None where `count` tiles are read sooner without."""
+        if (
+            self._pool is None
+            and self.processes > 1
+            and count >= _TILES_PER_WORKER * self.processes
+        ):
+            self._pool = ProcessPoolExecutor(self.processes, mp_context=_spawning())
+            _check_start(self._pool)
+        return self._pool
+
+    def discard(self) -> None:
+        """Give up a pool one of whose processes has died."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = None
+
+    def __enter__(self) -> "_TilePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+
+def _spawning() -> multiprocessing.context.SpawnContext:
     # spawned, not forked: the parent may hold threads and locks of torch
-    context = multiprocessing.get_context("spawn")
+    return multiprocessing.get_context("spawn")
+
+
+def _run_by_slides(jobs: list[_Job], workers: int) -> Iterator[tuple[str, Outcome]]:
     unfinished = {job.slide.slide_id: job for job in jobs}
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=_spawning()) as pool:
         _check_start(pool)
         try:
-            for future in as_completed([pool.submit(_extract_one, job) for job in jobs]):
-                slide_id, failure = future.result()
+            for future in as_completed([pool.submit(_extract_named, job) for job in jobs]):
+                slide_id, outcome = future.result()
                 del unfinished[slide_id]
-                yield slide_id, failure
+                yield slide_id, outcome
         except BrokenProcessPool:
             pass  # one slide killed its worker; below each gets a process of its own
         finally:
             pool.shutdown(cancel_futures=True)
-    yield from _run_apart(unfinished.values(), context)
+    yield from _run_apart(unfinished.values())
 
 
 def _check_start(pool: ProcessPoolExecutor) -> None:
@@ -133,48 +274,114 @@ def _check_start(pool: ProcessPoolExecutor) -> None:
         ) from error
 
 
-def _run_apart(
-    jobs: Iterable[_Job], context: multiprocessing.context.SpawnContext
-) -> Iterator[tuple[str, Failure | None]]:
+def _run_apart(jobs: Iterable[_Job]) -> Iterator[tuple[str, Outcome]]:
     for job in jobs:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, mp_context=_spawning()) as pool:
             try:
-                yield pool.submit(_extract_one, job).result()
+                yield pool.submit(_extract_named, job).result()
             except BrokenProcessPool:
-                reason = "the process reading it died (out of memory, or a crash in a library)"
-                yield _failed(job, reason, "try it alone with workers=1 and watch its memory")
+                yield job.slide.slide_id, _died(job)
 
 
-def _extract_one(job: _Job) -> tuple[str, Failure | None]:
+def _extract_named(job: _Job) -> tuple[str, Outcome]:
+    return job.slide.slide_id, _extract_one(job, _TilePool(1))
+
+
+def _extract_one(job: _Job, pool: _TilePool) -> Outcome:
     slide = job.slide
     try:
-        _extract(job)
+        return _extract(job, pool)
     except SlideError as error:
-        failure = Failure(slide.slide_id, str(slide.path), error.status, error.reason, error.remedy)
-        return slide.slide_id, failure
+        return Failure(slide.slide_id, str(slide.path), error.status, error.reason, error.remedy)
+    except BrokenProcessPool:
+        pool.discard()
+        return _died(job)
+    except InputError:
+        raise  # of the encoder: every slide would meet it
     except Exception as error:
         return _failed(job, f"{type(error).__name__}: {error}", "report this with the file")
-    return slide.slide_id, None
 
 
-def _failed(job: _Job, reason: str, remedy: str) -> tuple[str, Failure | None]:
-    slide = job.slide
-    return slide.slide_id, Failure(slide.slide_id, str(slide.path), "failed", reason, remedy)
+def _died(job: _Job) -> Failure:
+    reason = "the process reading it died (out of memory, or a crash in a library)"
+    return _failed(job, reason, "try it alone with workers=1 and watch its memory")
 
 
-def _extract(job: _Job) -> None:
-    with open_slide(job.slide.path, mpp=job.mpp) as reader:
-        tiles = plan_tiles(reader, job.plan)
-        features = np.empty((len(tiles), job.encoder.dim), dtype=np.float32)
-        for rows, pixels in read_tiles(reader, tiles, job.plan):
-            features[rows] = job.encoder(pixels)
+def _failed(job: _Job, reason: str, remedy: str) -> Failure:
+    return Failure(job.slide.slide_id, str(job.slide.path), "failed", reason, remedy)
+
+
+def _extract(job: _Job, pool: _TilePool) -> SlideReport:
+    provenance = _provenance(job)
+    with open_slide(job.slide.path, mpp=job.mpp) as slide:
+        tiles = plan_tiles(slide, job.plan)
+        held = _held_rows(job, provenance, tiles)
+        missing = np.flatnonzero(held < 0)
+        with TileReader(slide, job.plan, source=job.source) as reader:
+            made = encode_tiles(
+                select_tiles(tiles, missing),
+                job.request,
+                job.encoder,
+                reader=reader,
+                pool=pool.for_tiles(len(missing)),
+                processes=pool.processes,
+            )
+            source = reader.source
+        kept, features = _join(job, tiles, held, made)
         write_slide(
-            slide_folder(job.store, job.slide.slide_id),
+            job.folder,
             job.slide.slide_id,
-            reader,
-            tiles,
+            slide,
+            kept,
             features,
             plan=job.plan,
             encoder=job.encoder,
-            provenance=_provenance(job),
+            provenance=provenance,
         )
+    return SlideReport(
+        slide_id=job.slide.slide_id,
+        num_tiles=len(kept),
+        num_reused=len(tiles) - len(missing),
+        num_damaged=made.num_damaged,
+        damage=made.damage,
+        source=source.name,
+        why=source.why,
+    )
+
+
+def _held_rows(job: _Job, provenance: Provenance, tiles: Tiles) -> np.ndarray:
+    """Return the stored row of each tile's features, int64 [N]; -1 where there are none.
+
+    A tile is known by its cell: stored rows count if they differ in the plan's thresholds alone.
+    """
+    rows = np.full(len(tiles), -1, dtype=np.int64)
+    held = read_provenance(job.folder) if job.folder.exists() else None
+    if held is None or {**held, "plan_hash": job.plan.hash} != asdict(provenance):
+        return rows
+    if not _same_grid(job):
+        return rows
+    stored = read_slide(job.folder).grid
+    _, here, there = np.intersect1d(_cells(tiles.grid), _cells(stored), return_indices=True)
+    rows[here] = there
+    return rows
+
+
+def _cells(grid: np.ndarray) -> np.ndarray:
+    """One number int64 [N] for each (column, row)."""
+    return grid[:, 0].astype(np.int64) << 32 | grid[:, 1].astype(np.int64)
+
+
+def _join(
+    job: _Job, tiles: Tiles, held: np.ndarray, made: TileFeatures
+) -> tuple[Tiles, np.ndarray]:
+    """Put stored and new features in the order of the tiles; tiles without any are left out."""
+    if (held < 0).all():
+        return made.tiles, made.features
+    stored = read_slide(job.folder).features()
+    dtype = np.result_type(stored, made.features)
+    features = np.empty((len(tiles), made.features.shape[1]), dtype=dtype)
+    features[held >= 0] = stored[held[held >= 0]]
+    new = np.isin(_cells(tiles.grid), _cells(made.tiles.grid))
+    features[new] = made.features
+    present = new | (held >= 0)
+    return select_tiles(tiles, present), features[present]

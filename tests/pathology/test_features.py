@@ -3,12 +3,14 @@ import shutil
 
 import numpy as np
 import pytest
+import tifffile
 
 from pipelines.pathology.encoding import StatsEncoder
 from pipelines.pathology.features import extract_features
 from pipelines.pathology.slides import find_slides
 from pipelines.pathology.store import read_slide, slide_folder
 from pipelines.pathology.tiling import TilePlan
+from pipelines.shared.errors import InputError
 
 PLAN = TilePlan(64)
 
@@ -17,6 +19,7 @@ class Spy:
     """An encoder that counts its calls, and can be told to fail or to die."""
 
     name, dim, fingerprint, in_workers = "spy", 1, "spy-1", True
+    feature_dtype, batch_size = np.dtype(np.float32), 64
 
     def __init__(self) -> None:
         self.calls = 0
@@ -70,18 +73,168 @@ def test_given_resolution_mends_a_slide_without_one(tmp_path, write_tiff, paint)
     assert (attributes["mpp"], attributes["mpp_source"]) == (0.5, "given")
 
 
-def test_current_features_are_kept_and_stale_ones_replaced(tissue_slide, tmp_path):
+def test_current_features_are_kept_and_those_of_a_changed_file_replaced(tissue_slide, tmp_path):
     slides, store = tissue_slide.parent, tmp_path / "store"
     encoder = Spy()
-    assert extract(slides, store, encoder).num_reused == 0
+    report = extract(slides, store, encoder)
+    assert (report.num_reused, [r.num_tiles for r in report.read]) == (0, [24])
     first = encoder.calls
-    assert extract(slides, store, encoder).num_reused == 1
+    report = extract(slides, store, encoder)
+    assert (report.num_reused, report.read) == (1, [])
     assert encoder.calls == first
-    assert extract(slides, store, encoder, TilePlan(128)).num_reused == 0
-    assert extract(slides, store, encoder, TilePlan(128), mpps={"tissue": 0.5}).num_reused == 0
+    assert extract(slides, store, encoder, mpps={"tissue": 0.5}).num_reused == 0
     with tissue_slide.open("ab") as file:
         file.write(b"\0")
-    assert extract(slides, store, encoder, TilePlan(128)).num_reused == 0
+    assert extract(slides, store, encoder, mpps={"tissue": 0.5}).num_reused == 0
+
+
+def test_features_of_another_encoder_or_plan_are_refused(tissue_slide, tmp_path):
+    slides, store = tissue_slide.parent, tmp_path / "store"
+    extract(slides, store)
+    before = store_bytes(store)
+    other = Spy()
+    other.fingerprint = "spy-2"
+    cases = [
+        ((other, PLAN), "encoder spy .fingerprint spy-1., not of spy .fingerprint spy-2."),
+        ((StatsEncoder(), PLAN), "encoder spy .* not of stats"),
+        ((Spy(), TilePlan(128)), "tile_px 64 -> 128"),
+        ((Spy(), TilePlan(64, mpp=1.0)), "mpp 0.5 -> 1.0"),
+        ((Spy(), TilePlan(64, min_tissue=0.1)), "min_tissue 0.5 -> 0.1"),
+    ]
+    for (encoder, plan), words in cases:
+        with pytest.raises(InputError, match=words):
+            extract(slides, store, encoder, plan)
+    with pytest.raises(InputError, match="tile_px"):
+        extract(slides, store, Spy(), TilePlan(128), new_thresholds=True)
+    assert store_bytes(store) == before
+
+
+def store_bytes(store):
+    return {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def test_looser_thresholds_encode_only_the_missing_tiles(tmp_path, write_tiff, paint):
+    image = paint(512, 640, (slice(100, 400), slice(100, 500)))
+    write_tiff(tmp_path / "a.tiff", image)
+    strict, loose = TilePlan(64, min_tissue=0.9), TilePlan(64, min_tissue=0.1)
+    first = extract(tmp_path, tmp_path / "store", plan=strict).read[0]
+    report = extract(tmp_path, tmp_path / "store", plan=loose, new_thresholds=True).read[0]
+    assert report.num_reused == first.num_tiles < report.num_tiles
+    extract(tmp_path, tmp_path / "fresh", plan=loose)
+    grown, fresh = (read_slide(slide_folder(tmp_path / s, "a")) for s in ("store", "fresh"))
+    assert np.array_equal(grown.grid, fresh.grid)
+    assert np.array_equal(grown.features(), fresh.features())
+    assert grown.attributes["digest"] == fresh.attributes["digest"]
+    back = extract(tmp_path, tmp_path / "store", plan=strict, new_thresholds=True).read[0]
+    assert (back.num_tiles, back.num_reused) == (first.num_tiles, first.num_tiles)
+
+
+def jpeg_pyramid(path, image):
+    """A slide whose overview is whole when tiles of its first level are damaged."""
+    with tifffile.TiffWriter(path) as tiff:
+        for level in (1, 4):
+            tiff.write(
+                image[::level, ::level],
+                photometric="rgb",
+                tile=(64, 64),
+                compression="jpeg",
+                resolution=(20_000 / level, 20_000 / level),
+                resolutionunit="CENTIMETER",
+                subfiletype=int(level > 1),
+                metadata=None,
+            )
+    return path
+
+
+def damage(path, *tiles):
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        places = [(page.dataoffsets[tile], page.databytecounts[tile]) for tile in tiles]
+    with path.open("r+b") as file:
+        for start, count in places:
+            file.seek(start)
+            file.write(bytes(count))
+
+
+@pytest.mark.parametrize("source", ["auto", "openslide"])
+def test_damaged_tiles_are_left_out_and_counted(tmp_path, paint, source):
+    path = jpeg_pyramid(tmp_path / "a.tiff", paint(1024, 1024, (slice(0, 1024), slice(0, 1024))))
+    whole = extract(tmp_path, tmp_path / "whole", source=source).read[0]
+    assert (whole.num_tiles, whole.num_damaged) == (256, 0)
+    assert whole.source == ("jpeg_tiles" if source == "auto" else "openslide")
+    damage(path, 17, 18, 200)  # columns 1, 2 and 8, rows 1, 1 and 12
+    report = extract(tmp_path, tmp_path / "store", source=source).read[0]
+    assert (report.num_tiles, report.num_damaged) == (253, 3)
+    assert report.damage
+    before, after = (read_slide(slide_folder(tmp_path / s, "a")) for s in ("whole", "store"))
+    kept = [cell not in ([1, 1], [2, 1], [8, 12]) for cell in before.grid.tolist()]
+    assert np.array_equal(after.grid, before.grid[kept])
+    assert np.array_equal(after.features(), before.features()[kept])
+
+
+def test_a_slide_with_too_much_damage_is_unreadable(tmp_path, paint):
+    path = jpeg_pyramid(tmp_path / "a.tiff", paint(1024, 1024, (slice(0, 1024), slice(0, 1024))))
+    damage(path, *range(32, 60))
+    (failure,) = extract(tmp_path, tmp_path / "store").failures
+    assert failure.status == "unreadable"
+    assert "28 of 256 tiles are damaged" in failure.reason
+
+
+class Half(Spy):
+    """A costly encoder that stays in this process, of half precision."""
+
+    in_workers, feature_dtype = False, np.dtype(np.float16)
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        self.largest = max(getattr(self, "largest", 0), len(tiles))
+        return super().__call__(tiles)
+
+
+def test_tiles_of_one_slide_are_read_in_processes_alike(tmp_path, paint, monkeypatch):
+    monkeypatch.setattr("pipelines.pathology.features._TILES_PER_WORKER", 10)
+    path = jpeg_pyramid(tmp_path / "a.tiff", paint(1024, 1024, (slice(0, 1024), slice(0, 1024))))
+    damage(path, 17, 200)
+    reports = [
+        extract(tmp_path, tmp_path / f"{kind}{workers}", encoder, workers=workers).read
+        for kind, encoder in (("stats", StatsEncoder()), ("half", Half()))
+        for workers in (1, 2)
+    ]
+    assert reports[0] == reports[1] == reports[2] == reports[3]
+    for kind, dtype in (("stats", np.float32), ("half", np.float16)):
+        one, two = (read_slide(slide_folder(tmp_path / f"{kind}{n}", "a")) for n in (1, 2))
+        assert one.features().dtype == dtype
+        assert np.array_equal(one.features(), two.features())
+        assert one.attributes["digest"] == two.attributes["digest"]
+
+
+class Deadly(Spy):
+    """Ends its process at the first tile."""
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        os._exit(1)
+
+
+def test_a_process_that_dies_costs_its_slide_alone(tmp_path, paint, monkeypatch):
+    monkeypatch.setattr("pipelines.pathology.features._TILES_PER_WORKER", 1)
+    jpeg_pyramid(tmp_path / "a.tiff", paint(256, 256, (slice(0, 256), slice(0, 256))))
+    (failure,) = extract(tmp_path, tmp_path / "store", Deadly(), workers=None).failures
+    assert failure.status == "failed"
+    assert "died" in failure.reason
+
+
+class Loud(Half):
+    """Gives values that half precision cannot hold."""
+
+    def __call__(self, tiles: np.ndarray) -> np.ndarray:
+        return super().__call__(tiles) + np.float32(1e5)
+
+
+def test_values_beyond_half_precision_are_kept_in_single(tissue_slide, tmp_path):
+    extract(tissue_slide.parent, tmp_path / "store", Loud())
+    features = read_slide(slide_folder(tmp_path / "store", "tissue")).features()
+    assert features.dtype == np.float32
+    assert features.min() > 1e5
 
 
 def test_an_unexpected_exception_is_a_failure_with_its_text(tissue_slide, tmp_path):
