@@ -7,7 +7,7 @@ VERBS = {
         summary="Train a slide classifier on your slides, or on built-in ones, and score it.",
         config="pathology_train",
         function="pipelines.pathology.train:train",
-        path_keys=("slides", "labels", "out", "features", "data_root", "encoder.weights"),
+        path_keys=("slides", "root", "labels", "out", "features", "data_root", "encoder.weights"),
         selects={"slides": "data=slides"},
         examples=(
             "",
@@ -21,7 +21,7 @@ VERBS = {
         summary="Predict a folder of slides: a table, heatmaps, and a list of what failed.",
         config="pathology_predict",
         function="pipelines.pathology.predict:predict",
-        path_keys=("slides", "ckpt", "out", "features"),
+        path_keys=("slides", "root", "ckpt", "out", "features"),
         required=("slides", "ckpt"),
         examples=("slides=SLIDES ckpt=runs/pathology/model.ckpt out=predictions",),
     ),

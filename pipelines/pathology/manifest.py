@@ -27,12 +27,14 @@ KNOWN_TABLES: dict[str, dict[str, str]] = {
     "TRIDENT": {"path": "wsi"},
     "slide2vec": {"path": "image_path", "slide_id": "sample_id", "mpp": "spacing_at_level_0"},
     "STAMP": {"path": "FILENAME", "patient_id": "PATIENT"},
+    "STAMP (clini)": {"patient_id": "PATIENT"},
     "CLAM": {"patient_id": "case_id"},
     "GigaPath": {"patient_id": "pat_id"},
 }
 """Columns of other tools by what they mean here; the first one tells the tool."""
 
 TABLE_ENDINGS = (".csv", ".tsv", ".xlsx", ".csv.gz", ".tsv.gz")
+_SLIDES = SLIDE_ENDINGS | IMAGE_ENDINGS
 _FEATURE_ENDINGS = (".h5", ".pt")  # tables of features name these in place of the slides
 
 
@@ -45,9 +47,10 @@ def list_slides(
 ) -> list[SlideFile]:
     """List the slides of a folder, of a table, or one slide, ordered by slide id.
 
-    Relative paths in a table start from `root`, by default from the table's folder. Raises
-    InputError for a table without paths, an id that stands twice, and a resolution that is no
-    positive number; a file that is not there fails later, as one slide among others.
+    Relative paths in a table start from `root`, by default from the table's folder. Where a table
+    names no slide files but ids or files of features, its slides are looked for in `root` by their
+    names. Raises InputError for a table without paths, an id that stands twice, and a resolution
+    that is no positive number; a file that is not there fails later, as one slide among others.
     """
     source = Path(source)
     if not is_table(source):
@@ -55,12 +58,19 @@ def list_slides(
             raise InputError(
                 f"where.{next(iter(where))}= chooses rows of a table; {source} is none"
             )
-        single = source.is_file() and source.suffix.lower() in SLIDE_ENDINGS | IMAGE_ENDINGS
+        single = source.is_file() and source.suffix.lower() in _SLIDES
         return [SlideFile(source.stem, source)] if single else find_slides(source)
     table = read_slide_table(source, columns=columns, where=where)
     folder = source.parent if root is None else Path(root)
+    if root is None:
+        _check_paths(source, table)
+    found = {} if root is None else _slides_by_name(folder, table)
     slides = [
-        SlideFile(row["slide_id"], _locate(folder / row["path"]), given_mpp(source, number, row))
+        SlideFile(
+            row["slide_id"],
+            found.get(row["slide_id"]) or _locate(folder / row["path"]),
+            given_mpp(source, number, row),
+        )
         for number, row in zip(table.index, table.to_dict("records"), strict=True)
     ]
     return sorted(slides, key=lambda slide: slide.slide_id)
@@ -80,15 +90,19 @@ def read_slide_table(
     """Read a table of slides: slide_id and path, and of mpp, patient_id, label, split what it has.
 
     All values are strings; the index (`row`) is the line in the file. Where the table has no ids,
-    a slide's is its file's name without the ending; where it has no paths, its ids must be names of
-    slide files.
+    a slide's is its file's name without the ending; where it has no paths, its ids stand for them.
     """
     table = read_table(path)
     names = map_columns(path, table.columns, columns)
     table = keep_rows(path, table, where or {})
     found = pd.DataFrame({role: table[name] for role, name in names.items()}, index=table.index)
+    if "path" not in found and "slide_id" not in found:
+        raise InputError(
+            f"{path} has no column 'path' and no column 'slide_id'; it has "
+            f"{', '.join(map(repr, table.columns))}; say which it is with columns.path=NAME"
+        )
     if "path" not in found:
-        found["path"] = _paths_from_ids(path, found)
+        found["path"] = found["slide_id"]
     empty = found.index[found["path"] == ""].tolist()
     if empty:
         raise InputError(f"{path}, row {empty[0]}: path is empty; fill it or drop the row")
@@ -101,15 +115,19 @@ def read_slide_table(
 def read_slide_labels(
     path: Path,
     *,
+    slides: Path | None = None,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, object] | None = None,
 ) -> pd.DataFrame:
     """Read a table of labels: slide_id, label, patient_id (the id where there is none).
 
-    Also split and mpp if it has them. Raises InputError as `read_labels` does.
+    Also split and mpp if it has them. A table of patients without slide ids is joined with
+    `slides`, a table that says whose the slides are. Raises InputError as `read_labels` does.
     """
     table = read_table(path)
     names = map_columns(path, table.columns, columns)
+    if "slide_id" not in names and "patient_id" in names and slides is not None:
+        return _join_patients(path, names, read_slide_table(slides), where)
     mapped = [name for role, name in (columns or {}).items() if name != role]
     labels = read_labels(
         path,
@@ -127,6 +145,33 @@ def read_slide_labels(
     labels["slide_id"] = labels["slide_id"].map(strip_ending)
     require_unique(path, labels, "slide_id")
     return labels
+
+
+def _join_patients(
+    path: Path,
+    names: Mapping[str, str],
+    slides: pd.DataFrame,
+    where: Mapping[str, object] | None,
+) -> pd.DataFrame:
+    """Give every slide its patient's label."""
+    if "patient_id" not in slides:
+        raise InputError(f"{path} labels patients, and the table of slides does not name them")
+    patients = read_labels(
+        path,
+        id_column=names["patient_id"],
+        label_column=names.get("label", "label"),
+        split_column=names.get("split"),
+        where=where,
+        remedy="say which it is with columns.label=NAME",
+    ).rename(columns={name: role for role, name in names.items()})
+    joined = slides.drop(columns=["label", "split"], errors="ignore").reset_index()
+    joined = joined.merge(patients, on="patient_id", how="inner").set_index("row")
+    if joined.empty:
+        raise InputError(
+            f"{path}: no patient of it has a slide; it names {patients['patient_id'].iloc[0]!r}, "
+            f"the table of slides {slides['patient_id'].iloc[0]!r}"
+        )
+    return joined.drop(columns="path")
 
 
 def map_columns(
@@ -173,19 +218,25 @@ def given_mpp(path: Path, number: int, row: Mapping[str, str]) -> float | None:
 def strip_ending(name: str) -> str:
     """Drop the ending of a slide's or a feature file's name; other dots are part of the id."""
     suffix = Path(name).suffix.lower()
-    known = SLIDE_ENDINGS | IMAGE_ENDINGS | set(_FEATURE_ENDINGS)
-    return name[: -len(suffix)] if suffix in known else name
+    return name[: -len(suffix)] if suffix in _SLIDES or suffix in _FEATURE_ENDINGS else name
 
 
-def _paths_from_ids(path: Path, table: pd.DataFrame) -> "pd.Series[str]":
-    ids = table["slide_id"] if "slide_id" in table else pd.Series([""], index=table.index[:1])
-    wrong = ids.index[[Path(i).suffix.lower() not in SLIDE_ENDINGS | IMAGE_ENDINGS for i in ids]]
-    if len(wrong):
-        raise InputError(
-            f"{path} has no column 'path', and row {wrong[0]} names no slide file; say which "
-            "column it is with columns.path=NAME, or give slides=FOLDER and labels=TABLE"
-        )
-    return ids
+def _check_paths(source: Path, table: pd.DataFrame) -> None:
+    """Refuse a table of ids or of files of features where no folder of slides is given."""
+    for row, path in table["path"].items():
+        here = source.parent / path
+        if here.suffix.lower() not in _SLIDES and not here.exists():
+            raise InputError(
+                f"{source}, row {row}: {path!r} is no slide's file; say which column holds the "
+                "paths with columns.path=NAME, or give root=FOLDER with the slides of these names"
+            )
+
+
+def _slides_by_name(folder: Path, table: pd.DataFrame) -> dict[str, Path]:
+    """Slides in a folder by id, if some row of a table does not name a slide's file."""
+    if all(Path(path).suffix.lower() in _SLIDES for path in table["path"]):
+        return {}
+    return {slide.slide_id: slide.path for slide in find_slides(folder)}
 
 
 def _locate(path: Path) -> Path:

@@ -11,9 +11,9 @@ import torch
 from pipelines.pathology.data import SlideDataset
 from pipelines.pathology.encoding import TileEncoder, build_encoder
 from pipelines.pathology.features import extract_features
+from pipelines.pathology.manifest import list_slides
 from pipelines.pathology.model import SlideClassifier
 from pipelines.pathology.progress import track
-from pipelines.pathology.slides import find_slides
 from pipelines.pathology.store import read_provenance, slide_folder
 from pipelines.pathology.tiling import TilePlan
 from pipelines.pathology.train import TASK, draw_heatmap
@@ -40,17 +40,19 @@ def predict(config: dict[str, Any]) -> int:
     plan = TilePlan(**model.metadata["plan"])  # type: ignore[arg-type]
     if plan.hash != model.metadata["plan_hash"]:
         raise InputError(f"{ckpt} was trained on tiles cut by another version; train it again")
-    files = find_slides(Path(config["slides"]))
+    files = list_slides(
+        config["slides"], root=config["root"], columns=config["columns"], where=config["where"]
+    )
     digest = hashlib.sha256(ckpt.read_bytes()).hexdigest()
     open_run(out, {**config, "ckpt_sha256": digest}, volatile=("out", "num_workers", "device"))
     store = Path(config["features"] or out / "features")
-    given = config["slide_mpp"]
+    mpps = {file.slide_id: file.mpp or config["slide_mpp"] for file in files}
     report = extract_features(
         files,
         store=store,
         plan=plan,
         encoder=encoder,
-        mpps={file.slide_id: float(given) for file in files} if given else None,
+        mpps={slide_id: float(mpp) for slide_id, mpp in mpps.items() if mpp is not None},
         workers=config["num_workers"] or None,
     )
     write_failures(out / "failures.csv", report.failures, id_column="slide_id")

@@ -15,11 +15,17 @@ from pipelines.pathology.data import SlideDataset
 from pipelines.pathology.encoding import TileEncoder, build_encoder
 from pipelines.pathology.features import extract_features
 from pipelines.pathology.heatmap import render_heatmap
+from pipelines.pathology.manifest import (
+    given_mpp,
+    is_table,
+    list_slides,
+    read_slide_labels,
+)
 from pipelines.pathology.model import SlideClassifier
-from pipelines.pathology.slides import SlideFile, find_slides
+from pipelines.pathology.slides import SlideFile
 from pipelines.pathology.store import read_slide, slide_folder
 from pipelines.pathology.synthetic import make_cohort
-from pipelines.pathology.tiling import TilePlan
+from pipelines.pathology.tiling import TilePlan, make_plan
 from pipelines.shared.checkpoint import save_model
 from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitSettings, require_device
@@ -42,7 +48,7 @@ from pipelines.shared.study import (
     run_contender,
     summarise,
 )
-from pipelines.shared.tables import Failure, read_labels, read_table, write_failures, write_table
+from pipelines.shared.tables import Failure, write_failures, write_table
 
 TASK = "pathology"
 BASELINES = {
@@ -67,8 +73,8 @@ def train(config: dict[str, Any]) -> int:
     encoder = build_encoder(**config["encoder"])
     architecture = architecture_of(config, num_classes=2)
     check_network(partial(SlideClassifier, num_features=encoder.dim, **architecture))
-    folder, labels = _input_files(config)
-    files, table = find_slides(folder), _read_slide_labels(labels)
+    slides, labels = _input_files(config)
+    files, table = _read_inputs(config, slides, labels)
     out = Path(config["out"])
     if not begin_run(out, config):
         return 0
@@ -79,7 +85,7 @@ def train(config: dict[str, Any]) -> int:
         store=store,
         plan=plan,
         encoder=encoder,
-        mpps=_given_mpps(labels),
+        mpps=_given_mpps(files, table, labels),
         workers=config["num_workers"] or None,
         progress=config["trainer"]["progress"],
     )
@@ -94,22 +100,15 @@ def train(config: dict[str, Any]) -> int:
     return study.run(failures)
 
 
-def make_plan(config: dict[str, Any]) -> TilePlan:
-    """Take the tile plan from the configuration."""
-    try:
-        return TilePlan(config["tile_px"], config["mpp"], config["min_tissue"])
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
     if config["slides"]:
-        if not config["labels"]:
+        slides = Path(config["slides"])
+        if not config["labels"] and not is_table(slides):
             raise InputError(
                 "slides= needs labels=TABLE with the columns slide_id, label and, if known, "
                 "patient_id"
             )
-        return Path(config["slides"]), Path(config["labels"])
+        return slides, Path(config["labels"] or slides)
     if config["labels"]:
         raise InputError("labels= needs slides=FOLDER with the slides they name")
     data = config["data"]
@@ -123,21 +122,24 @@ def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
     return folder / "slides", folder / "labels.csv"
 
 
-def _read_slide_labels(path: Path) -> pd.DataFrame:
-    return read_labels(path, id_column="slide_id", group_column="patient_id")
+def _read_inputs(
+    config: dict[str, Any], slides: Path, labels: Path
+) -> tuple[list[SlideFile], pd.DataFrame]:
+    """Slides and their labels; of two tables, `columns` and `where` speak of the labels."""
+    said = {"columns": config["columns"], "where": config["where"]}
+    files = list_slides(slides, root=config["root"], **(said if slides == labels else {}))
+    other = slides if is_table(slides) and slides != labels else None
+    return files, read_slide_labels(labels, slides=other, **said)
 
 
-def _given_mpps(path: Path) -> dict[str, float]:
-    """Read the optional column `mpp` of the label table."""
-    table = read_table(path)
-    if "mpp" not in table:
-        return {}
-    given = table[table["mpp"] != ""]
-    values = pd.to_numeric(given["mpp"], errors="coerce")
-    for row, text, value in zip(given.index, given["mpp"], values, strict=True):
-        if not value > 0:
-            raise InputError(f"{path}, row {row}: mpp must be a positive number; got {text!r}")
-    return dict(zip(given["slide_id"], values.astype(float), strict=True))
+def _given_mpps(files: list[SlideFile], table: pd.DataFrame, labels: Path) -> dict[str, float]:
+    """Micrometres per pixel by slide id, from the table of slides or that of labels."""
+    given = {file.slide_id: file.mpp for file in files if file.mpp is not None}
+    for row, record in zip(table.index, table.to_dict("records"), strict=True):
+        mpp = given_mpp(labels, row, record)
+        if mpp is not None:
+            given.setdefault(record["slide_id"], mpp)
+    return given
 
 
 def _match(
