@@ -11,7 +11,7 @@ train: $(STAMP)
 	$(BIN)/python -m pipelines.pathology train
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
