@@ -54,24 +54,38 @@ def read_rows(array: Path, start: int = 0, stop: int | None = None) -> np.ndarra
     return out
 
 
-def _read_layout(array: Path) -> _Layout | None:
-    """Return the layout of an array of raw rows; None where only Zarr can decode it."""
+def read_shape(array: Path) -> tuple[int, ...]:
+    """Read the shape of the array in the folder `array`; raises InputError where there is none."""
+    return tuple(_read_metadata(array)["shape"])
+
+
+def _read_metadata(array: Path) -> dict[str, Any]:
     try:
         metadata = json.loads((array / "zarr.json").read_text(encoding="utf-8"))
-        shape = tuple(metadata["shape"])
-        outer = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        codecs, keys = metadata["codecs"], metadata["chunk_key_encoding"]
-        inner = outer
-        if [codec["name"] for codec in codecs] == ["sharding_indexed"]:
-            settings = codecs[0]["configuration"]
-            inner, codecs = settings["chunk_shape"], settings["codecs"]
-            names = tuple(codec["name"] for codec in settings["index_codecs"])
-            if names != _INDEX_CODECS or settings["index_location"] != "end":
-                return None
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{array} holds no stored array ({error}); make its features again") from (
-            error
-        )
+    except (OSError, ValueError) as error:
+        raise _no_array(array, error) from error
+    if not isinstance(metadata, dict) or metadata.get("node_type") != "array":
+        raise _no_array(array, "it is a group")
+    return metadata
+
+
+def _no_array(array: Path, reason: object) -> InputError:
+    return InputError(f"{array} holds no stored array ({reason}); make its features again")
+
+
+def _read_layout(array: Path) -> _Layout | None:
+    """Return the layout of an array of raw rows; None where only Zarr can decode it."""
+    metadata = _read_metadata(array)
+    shape = tuple(metadata["shape"])
+    outer = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    codecs, keys = metadata["codecs"], metadata["chunk_key_encoding"]
+    inner = outer
+    if [codec["name"] for codec in codecs] == ["sharding_indexed"]:
+        settings = codecs[0]["configuration"]
+        inner, codecs = settings["chunk_shape"], settings["codecs"]
+        names = tuple(codec["name"] for codec in settings["index_codecs"])
+        if names != _INDEX_CODECS or settings["index_location"] != "end":
+            return None
     raw = [codec["name"] for codec in codecs] == ["bytes"]
     little = raw and codecs[0].get("configuration", {}).get("endian", "little") == "little"
     by_rows = tuple(outer[1:]) == tuple(inner[1:]) == shape[1:]

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from pipelines.pathology.chunk_files import read_rows
+from pipelines.pathology.chunk_files import read_rows, read_shape
 from pipelines.pathology.encoding import TileEncoder
 from pipelines.pathology.slides import SlideReader
 from pipelines.pathology.tiling import TilePlan, Tiles
@@ -216,14 +216,14 @@ def read_slide(folder: Path) -> SlideFeatures:
     attributes = _read_attributes(folder)
     if attributes is None:
         raise InputError(f"no stored slide features at {folder}; extract them first")
-    group = zarr.open_group(folder, mode="r")
+    features = folder / "features" / attributes["encoder"]
     return SlideFeatures(
         slide_id=attributes["slide_id"],
         folder=folder,
-        grid=np.asarray(group["grid"][:]),
-        xy0=np.asarray(group["xy0"][:]),
-        tissue=np.asarray(group["tissue"][:]),
-        num_features=group[f"features/{attributes['encoder']}"].shape[1],
+        grid=read_rows(folder / "grid"),
+        xy0=read_rows(folder / "xy0"),
+        tissue=read_rows(folder / "tissue"),
+        num_features=read_shape(features)[1],
         dimensions=(attributes["dimensions"][0], attributes["dimensions"][1]),
         mpp=attributes["mpp"],
         pitch0=attributes["pitch0"],
@@ -293,8 +293,8 @@ def _walk(store: Path) -> Iterator[Path]:
 
 
 def _index_row(store: Path, slide_id: str, attributes: Mapping[str, Any]) -> list[str]:
-    array = slide_folder(store, slide_id) / "features" / attributes["encoder"] / "zarr.json"
-    num_tiles, num_features = json.loads(array.read_text(encoding="utf-8"))["shape"]
+    array = slide_folder(store, slide_id) / "features" / attributes["encoder"]
+    num_tiles, num_features = read_shape(array)
     known = {**attributes, "slide_id": slide_id, "num_tiles": num_tiles}
     known["num_features"] = num_features
     return [str(known.get(column, "")) for column in INDEX_COLUMNS]
