@@ -37,6 +37,19 @@ VERBS = {
             "slides=SLIDES out=tiles outlines=EDITED leave_out=[pen,dark,blur]",
         ),
     ),
+    "embed": Verb(
+        summary="Turn slides into tile features; several machines may share the work.",
+        config="pathology_embed",
+        function="pipelines.pathology.embed:embed",
+        path_keys=("slides", "root", "out", "features", "encoder.weights"),
+        required=("slides",),
+        examples=(
+            "slides=SLIDES dry_run=true",
+            "slides=SLIDES encoder=uni encoder.weights=UNI/pytorch_model.bin out=runs/uni",
+            "slides=SLIDES.csv columns.slide_id=Case mpp=0.25 features=SHARED worker=2/4",
+            "slides=SLIDES --multirun encoder=stats,stats_grey",
+        ),
+    ),
     "import": Verb(
         summary="Import tile features of TRIDENT, CLAM, STAMP, GigaPath or slide2vec.",
         config="pathology_import",

@@ -121,7 +121,7 @@ def extract_features(
         for slide in slides
     ]
     _refuse_others(jobs, new_thresholds=new_thresholds)
-    todo = [job for job in jobs if not is_done(job)]
+    todo = [job for job in jobs if not _is_done(job)]
     store.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, Outcome] = {}
     results = _run(todo, workers)
@@ -135,6 +135,23 @@ def extract_features(
         num_reused=len(jobs) - len(todo),
         read=[o for i in ids if isinstance(o := outcomes.get(i), SlideReport)],
     )
+
+
+def find_current(
+    slides: Sequence[SlideFile],
+    *,
+    store: Path,
+    plan: TilePlan,
+    encoder: TileEncoder,
+    new_thresholds: bool = False,
+) -> set[str]:
+    """Return the ids of the slides whose features `extract_features` would keep.
+
+    Raises InputError where it would.
+    """
+    jobs = [_Job(slide, store, plan, encoder, slide.mpp, "auto") for slide in slides]
+    _refuse_others(jobs, new_thresholds=new_thresholds)
+    return {job.slide.slide_id for job in jobs if _is_done(job)}
 
 
 def _provenance(job: _Job) -> Provenance:
@@ -182,7 +199,7 @@ def _same_grid(job: _Job) -> bool:
     return read_slide(job.folder).attributes.get("grid_hash") == job.plan.grid_hash
 
 
-def is_done(job: _Job) -> bool:
+def _is_done(job: _Job) -> bool:
     """Tell whether a slide has the features that the job would make."""
     try:
         return job.folder.exists() and is_current(job.folder, _provenance(job))
