@@ -52,7 +52,7 @@ def write_survey(path: Path, survey: Survey, made_from: Mapping[str, object]) ->
 def read_survey(path: Path, made_from: Mapping[str, object]) -> Survey | None:
     """Read a survey that was made from these very values; None where there is none."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             about = json.loads(str(arrays["about"]))
             if about["schema"] != SCHEMA or about["made_from"] != dict(made_from):
                 return None

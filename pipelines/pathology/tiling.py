@@ -167,7 +167,7 @@ def make_plan(config: Mapping[str, Any]) -> TilePlan:
         tile_px = _pixels_of(tile_um, given["mpp"])
     try:
         return TilePlan(tile_px, **given)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise InputError(str(error)) from None
 
 

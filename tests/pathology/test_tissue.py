@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from pipelines.pathology import tissue
 from pipelines.pathology.slides import open_slide
@@ -48,6 +49,70 @@ def test_specks_go_and_small_holes_close(tmp_path, write_tiff, paint):
     scale = found.scale[0]
     assert not found.mask[int(55 / scale), int(55 / scale)]
     assert found.mask[int(515 / scale), int(515 / scale)]
+
+
+def test_a_grey_smear_is_no_tissue_but_textured_grey_is(tmp_path, write_tiff, paint):
+    image = paint(1024, 1024)
+    image[100:400, 100:900] = 170  # a shadow: dense, colourless, smooth
+    rng = np.random.default_rng(0)
+    spots = rng.integers(0, 2, size=(38, 100, 1)).repeat(8, 0).repeat(8, 1)
+    image[600:904, 100:900] = 120 + 100 * spots
+    found = mask_of(write_tiff(tmp_path / "a.tiff", image))
+    unit = 1024 / found.mask.shape[0]
+    assert not found.mask[
+        int(150 / unit) : int(350 / unit), int(200 / unit) : int(800 / unit)
+    ].any()
+    textured = found.mask[int(650 / unit) : int(850 / unit), int(200 / unit) : int(800 / unit)]
+    assert textured.mean() > 0.95
+
+
+def test_what_is_out_of_focus_is_flagged(tmp_path, write_tiff):
+    rng = np.random.default_rng(0)
+    nuclei = ndimage.gaussian_filter((rng.random((1024, 1024)) < 0.004).astype(float), 5)
+    nuclei = np.clip(nuclei * 120, 0, 1)[..., None]
+    image = (1 - nuclei) * [225, 160, 200] + nuclei * [90, 60, 140]
+    image[:, 512:] = ndimage.gaussian_filter(image, (16, 16, 0))[:, 512:]
+    path = write_tiff(tmp_path / "a.tiff", image.astype(np.uint8))
+    with open_slide(path) as reader:
+        found = find_tissue(reader, blur=True)
+    blurred = found.flags["blur"]
+    assert found.mask.mean() > 0.95
+    middle, margin = blurred.shape[1] // 2, blurred.shape[1] // 8
+    assert blurred[:, : middle - margin].mean() < 0.02
+    assert blurred[:, middle + margin :].mean() > 0.98
+
+
+class UpperHalf:
+    """A tissue model: the upper half of the slide."""
+
+    mpp, fingerprint = 4.0, "upper-half-1"
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        share = np.zeros(image.shape[:2], dtype=np.float32)
+        share[: len(share) // 2] = 1
+        return share
+
+
+class Wrong(UpperHalf):
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        return np.full(image.shape[:2], 7.0)
+
+
+def test_a_model_of_your_own_takes_the_place_of_the_thresholds(tissue_slide):
+    with open_slide(tissue_slide) as reader:
+        found = find_tissue(reader, model=UpperHalf())
+        height = len(found.mask)
+        assert found.mask[: height // 2].all()
+        assert not found.mask[height // 2 + 1 :].any()
+        assert found.threshold_source == "model"
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            find_tissue(reader, model=Wrong())
+
+
+def test_equal_slides_have_equal_masks(tissue_slide):
+    one, two = mask_of(tissue_slide), mask_of(tissue_slide)
+    assert np.array_equal(one.mask, two.mask)
+    assert all(np.array_equal(one.flags[name], two.flags[name]) for name in one.flags)
 
 
 @pytest.mark.parametrize(("height", "levels"), [(1030, (1,)), (1024, (1, 2))])
