@@ -8,10 +8,11 @@ VERBS = {
         config="pathology_train",
         function="pipelines.pathology.train:train",
         path_keys=("slides", "root", "labels", "out", "features", "data_root", "encoder.weights"),
-        selects={"slides": "data=slides"},
+        selects={"slides": "data=slides", "labels": "data=slides"},
         examples=(
             "",
             "slides=SLIDES labels=SLIDES/labels.csv out=runs/mine",
+            "features=runs/pathology_import/features labels=LABELS.csv out=runs/imported",
             "slides=SLIDES labels=LABELS.csv encoder=stats_grey pattern=bigbird model=small",
             "data=synthetic_far --multirun pattern=sliding_window,window_global",
             "'pattern.expression=SlidingWindow(radius=3) | GlobalTokens(first=2)'",
@@ -22,8 +23,11 @@ VERBS = {
         config="pathology_predict",
         function="pipelines.pathology.predict:predict",
         path_keys=("slides", "root", "ckpt", "out", "features"),
-        required=("slides", "ckpt"),
-        examples=("slides=SLIDES ckpt=runs/pathology/model.ckpt out=predictions",),
+        required=("ckpt",),
+        examples=(
+            "slides=SLIDES ckpt=runs/pathology/model.ckpt out=predictions",
+            "features=runs/pathology_import/features ckpt=runs/imported/model.ckpt out=predictions",
+        ),
     ),
     "tile": Verb(
         summary="Find the tissue of slides and lay tiles over it; previews, outlines for QuPath.",

@@ -295,8 +295,8 @@ def _walk(store: Path) -> Iterator[Path]:
 def _index_row(store: Path, slide_id: str, attributes: Mapping[str, Any]) -> list[str]:
     array = slide_folder(store, slide_id) / "features" / attributes["encoder"]
     num_tiles, num_features = read_shape(array)
-    known = {**attributes, "slide_id": slide_id, "num_tiles": num_tiles}
-    known["num_features"] = num_features
+    known = {**attributes.get("provenance", {}), **attributes, "slide_id": slide_id}
+    known |= {"num_tiles": num_tiles, "num_features": num_features}
     return [str(known.get(column, "")) for column in INDEX_COLUMNS]
 
 

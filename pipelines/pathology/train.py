@@ -12,7 +12,7 @@ import torch
 
 from pipelines.pathology.baseline import fit_colour_baseline
 from pipelines.pathology.data import SlideDataset
-from pipelines.pathology.encoding import TileEncoder, build_encoder
+from pipelines.pathology.encoding import build_encoder
 from pipelines.pathology.features import extract_features
 from pipelines.pathology.heatmap import render_heatmap
 from pipelines.pathology.manifest import (
@@ -23,9 +23,10 @@ from pipelines.pathology.manifest import (
 )
 from pipelines.pathology.model import SlideClassifier
 from pipelines.pathology.slides import SlideFile
-from pipelines.pathology.store import read_slide, slide_folder
+from pipelines.pathology.store import read_index, read_slide, slide_folder
+from pipelines.pathology.stored_features import FeatureSource, find_source, have_overviews
 from pipelines.pathology.synthetic import make_cohort
-from pipelines.pathology.tiling import TilePlan, make_plan
+from pipelines.pathology.tiling import make_plan
 from pipelines.shared.checkpoint import save_model
 from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitSettings, require_device
@@ -69,6 +70,8 @@ def train(config: dict[str, Any]) -> int:
     check_baselines(config["baselines"], BASELINES)
     settings = FitSettings.from_config(config)
     require_device(settings)
+    if config["features"] and config["labels"] and not config["slides"]:
+        return _train_on_stored(config, settings)
     plan = make_plan(config)
     encoder = build_encoder(**config["encoder"])
     architecture = architecture_of(config, num_classes=2)
@@ -96,8 +99,37 @@ def train(config: dict[str, Any]) -> int:
         write_failures(out / "failures.csv", failures, id_column="slide_id")
         raise InputError(f"no slide could be read; {out / 'failures.csv'} says why of each")
     rows = table[table["slide_id"].isin(report.done)]
-    study = _Study(config, settings, plan, encoder, store, rows, out)
-    return study.run(failures)
+    metadata = {
+        "encoder": config["encoder"],
+        "encoder_fingerprint": encoder.fingerprint,
+        "plan": asdict(plan),
+        "plan_hash": plan.hash,
+    }
+    tiles = f"of {plan.tile_px} px at {plan.mpp} um/px"
+    source = FeatureSource(store, encoder.dim, tiles, metadata)
+    return _Study(config, settings, source, rows, out).run(failures)
+
+
+def _train_on_stored(config: dict[str, Any], settings: FitSettings) -> int:
+    """Train on features that are there already, imported or embedded; no slide is opened."""
+    store, labels, out = (Path(config[key]) for key in ("features", "labels", "out"))
+    table = read_slide_labels(labels, columns=config["columns"], where=config["where"])
+    ids = read_index(store)["slide_id"]
+    files, failures = _match([SlideFile(i, slide_folder(store, i)) for i in ids], table, labels)
+    found = [file.slide_id for file in files]
+    source = find_source(store, found)
+    architecture = architecture_of(config, num_classes=2)
+    check_network(partial(SlideClassifier, num_features=source.dim, **architecture))
+    if not begin_run(out, config):
+        return 0
+    for failure in failures:
+        print(f"note: {failure.id}: {failure.status}: {failure.reason}")
+    if not have_overviews(store, found):
+        print("note: imported slides have no picture: no heatmaps, no baseline of slide colour")
+        baselines = [name for name in config["baselines"] if name != "colour"]
+        config = {**config, "baselines": baselines, "heatmaps": 0}
+    rows = table[table["slide_id"].isin(found)]
+    return _Study(config, settings, source, rows, out).run(failures)
 
 
 def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
@@ -110,7 +142,10 @@ def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
             )
         return slides, Path(config["labels"] or slides)
     if config["labels"]:
-        raise InputError("labels= needs slides=FOLDER with the slides they name")
+        raise InputError(
+            "labels= needs slides=FOLDER with the slides they name, or features=FOLDER with their "
+            "stored features"
+        )
     data = config["data"]
     folder = Path(config["data_root"]) / "pathology" / f"synthetic_{data['variant']}"
     names = ("variant", "num_pairs", "test_pairs", "val_pairs", "seed")
@@ -179,14 +214,12 @@ class _Study:
         self,
         config: dict[str, Any],
         settings: FitSettings,
-        plan: TilePlan,
-        encoder: TileEncoder,
-        store: Path,
+        source: FeatureSource,
         table: pd.DataFrame,
         out: Path,
     ) -> None:
-        self.config, self.settings, self.plan = config, settings, plan
-        self.encoder, self.store, self.out = encoder, store, out
+        self.config, self.settings, self.out = config, settings, out
+        self.source, self.store = source, source.store
         self.ids = table["slide_id"].tolist()
         self.patients = table["patient_id"].tolist()
         self.classes = sorted(table["label"].unique())
@@ -211,7 +244,7 @@ class _Study:
         counts = ", ".join(f"{name} {len(self.rows[name]):,}" for name in _SPLITS)
         tiles = sum(sum(data.lengths) for data in self.data.values())
         print(f"{len(self.classes)} classes ({', '.join(self.classes)}); slides: {counts}")
-        print(f"{tiles:,} tiles of {plan.tile_px} px at {plan.mpp} um/px, {encoder.dim} features")
+        print(f"{tiles:,} tiles {source.tiles}, {source.dim} features")
 
     def run(self, failures: list[Failure]) -> int:
         """Train everything, print the comparison, write the model and the run's record."""
@@ -268,7 +301,7 @@ class _Study:
             architecture["pattern"] = None
         elif name == "window":
             architecture["pattern"] = f"SlidingWindow(radius={self.config['window']})"
-        network = SlideClassifier(num_features=self.encoder.dim, **architecture)
+        network = SlideClassifier(num_features=self.source.dim, **architecture)
         self._standardise(network.stem)
         return network
 
@@ -312,13 +345,7 @@ class _Study:
     ) -> None:
         model, checkpoint = results["model"], self.out / "model.ckpt"
         assert isinstance(model.network, SlideClassifier)
-        metadata = {
-            "classes": self.classes,
-            "encoder": self.config["encoder"],
-            "encoder_fingerprint": self.encoder.fingerprint,
-            "plan": asdict(self.plan),
-            "plan_hash": self.plan.hash,
-        }
+        metadata = {"classes": self.classes, **self.source.metadata}
         save_model(checkpoint, model.network, task=TASK, metadata=metadata)
         predictions = probability_table(
             self.test.ids, model.probabilities, self.classes, id_column="slide_id"
@@ -336,7 +363,7 @@ class _Study:
             f"predictions  {self.out / 'predictions.csv'}\n"
             f"metrics      {self.out / 'metrics.json'}\n"
             + "".join(f"heatmap      {path}\n" for path in heatmaps)
-            + f"predict with  python -m pipelines.pathology predict slides=FOLDER "
+            + f"predict with  python -m pipelines.pathology predict {self._input()}=FOLDER "
             f"ckpt={checkpoint} out=FOLDER\n"
         )
         (self.out / "summary.txt").write_text(summary, encoding="utf-8")
@@ -345,6 +372,10 @@ class _Study:
         print(f"\n{summary}")
         if failures:
             print(f"{len(failures):,} slides or labels left out: {self.out / 'failures.csv'}")
+
+    def _input(self) -> str:
+        stored = not self.config["slides"] and self.config["labels"]
+        return "features" if stored else "slides"
 
     def _draw_heatmaps(self, model: Result) -> list[Path]:
         paths = []

@@ -1,0 +1,90 @@
+"""Stored features that are used as they are: of which encoder and which tiles they must be."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from pipelines.pathology.store import read_index, read_slide, slide_folder
+from pipelines.shared.errors import InputError
+from pipelines.shared.tables import Failure
+
+STORED_ENCODER = "stored"
+"""Name in a model file of the encoder that nobody can call: its features come from elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSource:
+    """Where a model's features are, and what others must be to fit it.
+
+    `dim` is E, `tiles` says for people how tiles were cut, `metadata` is for the model file:
+    encoder, encoder_fingerprint, plan, plan_hash.
+    """
+
+    store: Path
+    dim: int
+    tiles: str
+    metadata: dict[str, object]
+
+
+def find_source(store: Path, slide_ids: Iterable[str]) -> FeatureSource:
+    """Say what a store's features of these slides are.
+
+    Raises InputError where they are not all of one encoder and one way to cut tiles.
+    """
+    wanted = set(slide_ids)
+    index = read_index(store)
+    rows = index[index["slide_id"].isin(wanted)]
+    first = rows.iloc[0]
+    for column, title in (
+        ("encoder_fingerprint", "of another encoder"),
+        ("num_features", "of another length"),
+        ("plan_hash", "of tiles that were cut in another way"),
+    ):
+        others = rows[rows[column] != first[column]]
+        if len(others):
+            raise InputError(
+                f"{store}: features of {others.iloc[0]['slide_id']!r} are {title} than those of "
+                f"{first['slide_id']!r} ({_of(others.iloc[0])}, not {_of(first)}); keep one kind "
+                "in a folder"
+            )
+    noted = read_slide(slide_folder(store, first["slide_id"])).attributes
+    metadata = {
+        "encoder": {"name": STORED_ENCODER, "of": first["encoder"]},
+        "encoder_fingerprint": first["encoder_fingerprint"],
+        "plan": noted.get("plan", {}),
+        "plan_hash": first["plan_hash"],
+    }
+    return FeatureSource(store, int(first["num_features"]), f"({_of(first)})", metadata)
+
+
+def match_stored(store: Path, metadata: dict[str, object]) -> tuple[list[str], list[Failure]]:
+    """List the slides of a store that fit a model's metadata, and those that do not."""
+    fitting, failures = [], []
+    keys = ["encoder_fingerprint", "plan_hash"]
+    for _, row in read_index(store).iterrows():
+        if row[keys].tolist() == [metadata[key] for key in keys]:
+            fitting.append(row["slide_id"])
+            continue
+        reason = f"features of {_of(row)}, the model knows {_known(metadata)}"
+        remedy = "make or import them with the encoder and tiles that the model was trained on"
+        folder = str(slide_folder(store, row["slide_id"]))
+        failures.append(Failure(row["slide_id"], folder, "other_features", reason, remedy))
+    return fitting, failures
+
+
+def have_overviews(store: Path, slide_ids: Iterable[str]) -> bool:
+    """Tell whether all slides have a picture and a tissue mask; imported ones have none."""
+    return all(read_slide(slide_folder(store, name)).has_overview for name in slide_ids)
+
+
+def _of(row: "pd.Series[str]") -> str:
+    width, plan = row["num_features"], row["plan_hash"]
+    return f"encoder {row['encoder']} ({width} numbers), tiles {plan}"
+
+
+def _known(metadata: dict[str, object]) -> str:
+    settings = metadata["encoder"]
+    assert isinstance(settings, dict), "a model file holds its encoder's settings"
+    return f"encoder {settings.get('of', settings['name'])}, tiles {metadata['plan_hash']}"
