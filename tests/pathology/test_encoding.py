@@ -1,10 +1,5 @@
-import importlib.util
-import sys
-import types
-
 import numpy as np
 import pytest
-import torch
 
 from pipelines.pathology.encoding import StatsEncoder, build_encoder
 from pipelines.shared.errors import InputError
@@ -84,49 +79,3 @@ def test_wrong_tiles_are_refused(tiles):
 def test_unknown_names_and_options_list_the_right_ones(name, options, message):
     with pytest.raises(InputError, match=message):
         build_encoder(name, **options)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_timm_without_its_package_names_the_extra():
-    with pytest.raises(InputError, match=r"\[encoders\]"):
-        build_encoder("timm", model="resnet18")
-
-
-class MeanColour(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = torch.nn.Parameter(torch.ones(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean(dim=(2, 3)) * self.gain
-
-
-@pytest.fixture
-def own_network(monkeypatch):
-    module = types.ModuleType("own_network")
-    module.make = MeanColour
-    monkeypatch.setitem(sys.modules, "own_network", module)
-    return "own_network:make"
-
-
-def test_own_torch_network_encodes_normalised_tiles(own_network):
-    encoder = build_encoder(
-        "torch", factory=own_network, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=2
-    )
-    tiles = random_tiles(5)
-    expected = (tiles.mean(axis=(1, 2)) / 255 - 0.5) / 0.5
-    assert encoder.dim == 3
-    assert encoder(tiles) == pytest.approx(expected, abs=1e-5)
-
-
-def test_own_weights_are_loaded_and_fingerprinted(own_network, tmp_path):
-    torch.save({"gain": torch.tensor([1.0, 2.0, 3.0])}, tmp_path / "good.pt")
-    torch.save({"other": torch.zeros(3)}, tmp_path / "bad.pt")
-    plain = build_encoder("torch", factory=own_network)
-    loaded = build_encoder("torch", factory=own_network, weights=tmp_path / "good.pt")
-    tiles = random_tiles(2)
-    assert loaded(tiles) == pytest.approx(plain(tiles) * [1, 2, 3], rel=1e-5)
-    assert loaded.fingerprint != plain.fingerprint
-    for name, message in (("bad.pt", "do not fit"), ("absent.pt", "do not exist")):
-        with pytest.raises(InputError, match=message):
-            build_encoder("torch", factory=own_network, weights=tmp_path / name)
