@@ -252,6 +252,9 @@ def _bounds(properties: Mapping[str, str], size: tuple[int, int]) -> tuple[int, 
 def _open_handle(path: Path) -> openslide.AbstractSlide:
     try:
         size = path.stat().st_size
+        if path.is_dir():
+            reason = "it is a folder that does not hold exactly one slide"
+            raise SlideError("unreadable", reason, "name the slides in it one by one")
         if size == 0:
             raise SlideError("unreadable", "the file is empty (0 bytes)", CONVERT_REMEDY)
         return openslide.OpenSlide(path)
