@@ -227,7 +227,10 @@ def survey_tiles(
     held = held[hilbert_order(grid[held])]
     xy0 = xy0[held]
     flagged = {
-        name: area_share(where, mask.scale, xy0, pitch0) for name, where in mask.flags.items()
+        name: area_share(where, mask.scale, xy0, pitch0)
+        if where.any()
+        else np.zeros(len(held), dtype=np.float32)
+        for name, where in mask.flags.items()
     }
     return Survey(grid[held].astype(np.int32), xy0, tissue[held], flagged, pitch0, mask)
 

@@ -171,20 +171,29 @@ def _shrink(pixels: np.ndarray, size: tuple[int, int], rows: tuple[float, float]
 
 
 def _stain_density(overview: np.ndarray) -> np.ndarray:
-    """Optical density [h, w, 3] of R, G, B against this slide's own glass, not smoothed."""
-    white = np.percentile(overview, 99, axis=(0, 1))
+    """Optical density [3, h, w] of R, G, B against this slide's own glass, not smoothed."""
+    channels = [np.ascontiguousarray(overview[..., channel]) for channel in range(3)]
+    white = np.array([_percentile(channel, 99) for channel in channels])
     if white.min() < 190 or white.max() - white.min() > 20:  # no clean glass in sight
         white = np.full(3, 245.0)
-    return np.log10((white + 1) / (overview.astype(np.float64) + 1))
+    tables = np.log10((white[:, None] + 1) / (np.arange(256) + 1)).astype(np.float32)
+    return np.stack([table[channel] for table, channel in zip(tables, channels, strict=True)])
+
+
+def _percentile(values: np.ndarray, percent: float) -> int:
+    """Smallest byte that `percent` of the bytes do not exceed."""
+    counts = np.bincount(values.ravel(), minlength=256).cumsum()
+    return int(np.searchsorted(counts, percent / 100 * counts[-1]))
 
 
 def _threshold_mask(
     stain: np.ndarray, dark: np.ndarray, mpp: float, scale: tuple[float, float]
 ) -> tuple[np.ndarray, float, str]:
-    density = _smooth(stain.max(axis=2))
+    strongest = stain.max(axis=0)
+    density = _smooth(strongest)
     threshold, source = _threshold(density)
-    coloured = _smooth(stain.max(axis=2) - stain.min(axis=2)) > COLOURLESS
-    textured = _local_deviation(stain.mean(axis=2)) > SMOOTH
+    coloured = _smooth(strongest - stain.min(axis=0)) > COLOURLESS
+    textured = _local_deviation(stain.mean(axis=0)) > SMOOTH
     pixel_um2 = scale[0] * scale[1] * mpp**2
     stained = (density > threshold) & (coloured | textured) & ~dark
     mask = _drop_small(stained, MIN_OBJECT_UM2 / pixel_um2)
@@ -213,7 +222,7 @@ def _model_mask(reader: SlideReader, model: TissueModel, size: tuple[int, int]) 
 
 
 def _pen(stain: np.ndarray) -> np.ndarray:
-    red, green = _smooth(stain[..., 0]), _smooth(stain[..., 1])
+    red, green = _smooth(stain[0]), _smooth(stain[1])
     return (red > PEN_DENSITY) & (green < PEN_GREEN * red)
 
 

@@ -63,9 +63,11 @@ def test_a_second_run_keeps_surveys_and_thresholds_choose_anew(
     assert tile(*command, "tile_px=96") == 0
     survey = out / "surveys" / "tissue.npz"
     before, tiles = survey.stat().st_mtime_ns, table_of(out).loc["tissue", "tiles"]
+    drawn = (out / "outlines" / "tissue.geojson").read_bytes()
     monkeypatch.setattr("pipelines.pathology.tile.find_tissue", None)  # nothing is looked at again
     assert tile(*command, "min_tissue=0") == 0
     assert survey.stat().st_mtime_ns == before
+    assert (out / "outlines" / "tissue.geojson").read_bytes() == drawn
     assert "1 surveys were there" in capsys.readouterr().out
     assert table_of(out).loc["tissue", "tiles"] >= tiles
 
