@@ -46,7 +46,7 @@ def read_rows(array: Path, start: int = 0, stop: int | None = None) -> np.ndarra
         return np.asarray(zarr.open_array(array, mode="r")[start:stop])
     start, stop, _ = slice(start, stop).indices(layout.shape[0])
     out = np.empty((max(stop - start, 0), *layout.shape[1:]), dtype=layout.dtype)
-    target = memoryview(out.reshape(-1).view(np.uint8))
+    target = out.reshape(-1).view(np.uint8).data
     filled = 0
     for path, offset, size in _spans(array, layout, start, stop):
         _read_into(path, offset, target[filled : filled + size])
@@ -122,7 +122,7 @@ def _read_index(shard: Path, num_chunks: int) -> np.ndarray:
         offset = shard.stat().st_size - table.nbytes - _CRC_BYTES
     except OSError as error:
         raise _damaged(shard, error.strerror or str(error)) from error
-    _read_into(shard, max(offset, 0), memoryview(table.reshape(-1).view(np.uint8)))
+    _read_into(shard, max(offset, 0), table.reshape(-1).view(np.uint8).data)
     return table
 
 

@@ -360,6 +360,8 @@ def _trident(
     """TRIDENT 0.1 to 0.3: `coords_to_h5` and `WSIPatcher` of its source."""
     noted = content.of["coords"]
     own = _own(path, noted)
+    if own is not None:
+        return _exported(content, own, features, coords)
     patch, overlap = (_number(path, noted, key) for key in ("patch_size", "overlap"))
     side = _number(path, noted, "patch_size_level0")
     scale = side / patch
@@ -368,7 +370,7 @@ def _trident(
         scale = source / _number(path, noted, "target_magnification")
     skipped = float(round(overlap * scale))
     size = [noted.get("level0_width") or 0, noted.get("level0_height") or 0]
-    slide = ForeignSlide(
+    return ForeignSlide(
         format="trident",
         coords=coords,
         features=features,
@@ -385,14 +387,29 @@ def _trident(
         tile_px=int(patch),
         encoder=content.of.get("features", {}).get("encoder") or _folder_encoder(path),
         dimensions=(int(size[0]), int(size[1])) if all(size) else None,
-        own=own,
     )
-    if own is not None:
-        slide.tile, slide.stride, slide.tile_px = own["tile0"], own["pitch0"], own["tile_px"]
-        slide.plan, slide.mpp, slide.encoder = own["plan"], own["mpp"], own["encoder"]
-        slide.dimensions = (own["dimensions"][0], own["dimensions"][1])
-        slide.grid, slide.tissue = content.arrays.get("grid"), content.arrays.get("tissue")
-    return slide
+
+
+def _exported(
+    content: _H5, own: dict[str, Any], features: np.ndarray, coords: np.ndarray
+) -> ForeignSlide:
+    """Take a slide that `export` wrote for what it was."""
+    return ForeignSlide(
+        format="trident",
+        coords=coords,
+        features=features,
+        unit="level0_px",
+        tile=own["tile0"],
+        stride=own["pitch0"],
+        plan=own["plan"],
+        tile_px=own["tile_px"],
+        encoder=own["encoder"],
+        mpp=own["mpp"],
+        dimensions=(own["dimensions"][0], own["dimensions"][1]),
+        tissue=content.arrays.get("tissue"),
+        own=own,
+        grid=content.arrays.get("grid"),
+    )
 
 
 def _own(path: Path, noted: Mapping[str, Any]) -> dict[str, Any] | None:

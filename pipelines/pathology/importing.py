@@ -38,7 +38,7 @@ from pipelines.pathology.store import (
     write_index,
 )
 from pipelines.shared.errors import InputError
-from pipelines.shared.record import finish_run, open_run
+from pipelines.shared.record import finish_run, make_folder, open_run
 from pipelines.shared.tables import Failure, read_table, write_failures
 
 _REVISION = 1
@@ -80,6 +80,11 @@ def import_features(config: dict[str, Any]) -> int:
             done += 1
         except ForeignError as error:
             failures.append(_failure(item, error))
+        except OSError as error:
+            raise InputError(
+                f"{store} cannot be written ({error.strerror}); make room, or give another "
+                "features=: the same command goes on from here"
+            ) from error
     for failure in failures:
         print(f"refused: {failure.id}: {failure.status}: {failure.reason}; {failure.remedy}")
     if not dry:
@@ -99,6 +104,7 @@ def import_features(config: dict[str, Any]) -> int:
 
 def _open_run(out: Path, config: dict[str, Any]) -> None:
     """Begin again in `out`: every slide notes its own settings, so all of them may change."""
+    make_folder(out)
     (out / "metrics.json").unlink(missing_ok=True)
     open_run(out, config, volatile=tuple(config))
 
@@ -286,9 +292,14 @@ class _Importer:
 
     def _provenance(self, item: Item) -> dict[str, object]:
         """All that the stored slide depends on, as JSON keeps it."""
-        files = {
-            role: slide_fingerprint(path) for role, path in item.files.items() if path.is_file()
-        }
+        try:
+            files = {
+                role: slide_fingerprint(path) for role, path in item.files.items() if path.is_file()
+            }
+        except OSError as error:
+            raise ForeignError(
+                "unreadable", f"{item.path}: {error.strerror}", "allow it to be read, or copy it"
+            ) from error
         settings = [asdict(self.given), self.snap, self.resolutions.settings(item.slide_id)]
         return {"imported": item.format, "files": files, "given": settings, "revision": _REVISION}
 
