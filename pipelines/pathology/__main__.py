@@ -45,7 +45,7 @@ VERBS = {
         summary="Turn slides into tile features; several machines may share the work.",
         config="pathology_embed",
         function="pipelines.pathology.embed:embed",
-        path_keys=("slides", "root", "out", "features", "encoder.weights"),
+        path_keys=("slides", "root", "out", "features", "tiles", "encoder.weights"),
         required=("slides",),
         examples=(
             "slides=SLIDES dry_run=true",

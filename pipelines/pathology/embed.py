@@ -35,7 +35,7 @@ from pipelines.shared.tables import read_table, write_failures, write_table
 
 # what may change between two runs in one folder: thresholds choose among what is embedded
 VOLATILE = (
-    "out", "slides", "root", "columns", "where", "min_tissue", "leave_out", "max_flagged",
+    "out", "slides", "root", "columns", "where", "tiles", "min_tissue", "leave_out", "max_flagged",
     "read_with", "num_workers", "progress", "dry_run",
     "encoder.device", "encoder.batch_size", "encoder.weights",
 )  # fmt: skip
@@ -57,8 +57,9 @@ def embed(config: dict[str, Any]) -> int:
     encoder = build_encoder(**config["encoder"])
     out = _record_folder(config)
     store = Path(config["features"] or Path(config["out"]) / "features")
+    surveys = _surveys(config["tiles"])
     if config["dry_run"]:
-        return _dry_run(slides, store, plan, encoder, config["read_with"])
+        return _dry_run(slides, store, plan, encoder, config["read_with"], surveys)
     open_run(out, config, volatile=VOLATILE)
     report = extract_features(
         slides,
@@ -69,6 +70,7 @@ def embed(config: dict[str, Any]) -> int:
         progress=config["progress"],
         source=config["read_with"],
         new_thresholds=True,
+        surveys=surveys,
     )
     _write_reading(out / _READING, report.read)
     write_failures(out / "failures.csv", report.failures, id_column="slide_id")
@@ -114,6 +116,15 @@ def _slides(config: dict[str, Any]) -> list[SlideFile]:
     return [s if s.mpp is not None else replace(s, mpp=float(given)) for s in slides]
 
 
+def _surveys(tiles: str | None) -> Path | None:
+    if tiles is None:
+        return None
+    folder = Path(tiles) / "surveys"
+    if not folder.is_dir():
+        raise InputError(f"tiles={tiles} holds no surveys; give the out= folder of a run of `tile`")
+    return folder
+
+
 def _parse_worker(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", str(text))
     number, total = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -150,9 +161,16 @@ def _write_reading(path: Path, read: Iterable[SlideReport]) -> None:
 
 
 def _dry_run(
-    slides: list[SlideFile], store: Path, plan: TilePlan, encoder: TileEncoder, source: Source
+    slides: list[SlideFile],
+    store: Path,
+    plan: TilePlan,
+    encoder: TileEncoder,
+    source: Source,
+    surveys: Path | None,
 ) -> int:
-    current = find_current(slides, store=store, plan=plan, encoder=encoder, new_thresholds=True)
+    current = find_current(
+        slides, store=store, plan=plan, encoder=encoder, new_thresholds=True, surveys=surveys
+    )
     rows, failed = [], 0
     for slide in slides:
         try:

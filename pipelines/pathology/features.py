@@ -5,8 +5,11 @@ stays in this process (a network on a GPU): slides come one after another, and p
 tiles of each ahead of the encoder.
 """
 
+import hashlib
+import json
 import multiprocessing
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +21,13 @@ import numpy as np
 from pipelines.pathology.encoding import TileEncoder
 from pipelines.pathology.progress import track
 from pipelines.pathology.reading import Source, TileReader
-from pipelines.pathology.slides import SlideError, SlideFile, open_slide, slide_fingerprint
+from pipelines.pathology.slides import (
+    SlideError,
+    SlideFile,
+    SlideReader,
+    open_slide,
+    slide_fingerprint,
+)
 from pipelines.pathology.store import (
     Provenance,
     is_current,
@@ -27,13 +36,14 @@ from pipelines.pathology.store import (
     slide_folder,
     write_slide,
 )
+from pipelines.pathology.surveys import read_survey, survey_file
 from pipelines.pathology.tile_features import (
     TileFeatures,
     TileRequest,
     encode_tiles,
     select_tiles,
 )
-from pipelines.pathology.tiling import TilePlan, Tiles, plan_tiles
+from pipelines.pathology.tiling import TilePlan, Tiles, no_tiles, plan_tiles
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure
 
@@ -79,7 +89,17 @@ class _Job:
     plan: TilePlan
     encoder: TileEncoder
     mpp: float | None
-    source: Source
+    source: Source = "auto"
+    surveys: Path | None = None
+
+    @property
+    def plan_id(self) -> str:
+        """What decides the tiles: the plan, and the slide's survey where one is given."""
+        if self.surveys is None:
+            return self.plan.hash
+        path = survey_file(self.surveys, self.slide.slide_id)
+        content = path.read_bytes() if path.is_file() else b""
+        return f"{self.plan.hash}-{hashlib.sha256(content).hexdigest()[:16]}"
 
     @property
     def folder(self) -> Path:
@@ -104,12 +124,14 @@ def extract_features(
     progress: bool = True,
     source: Source = "auto",
     new_thresholds: bool = False,
+    surveys: Path | None = None,
 ) -> ExtractionReport:
     """Bring the store up to date for `slides`; a slide that fails is reported, not raised.
 
     Features that are current (same file, plan, encoder and given mpp) are kept. Those of a file
     that has changed are made anew. `mpps` gives um per pixel by slide id, above what `slides` say.
-    `workers` defaults to one process per core; the result does not depend on it.
+    `workers` defaults to one process per core; the result does not depend on it. `surveys` is a
+    folder of surveys that `tile` made: tiles are chosen from these, with their edited outlines.
 
     Raises InputError where the store holds features of another encoder or plan: they are never
     mixed nor overwritten. With `new_thresholds`, plans that differ only in which tiles they choose
@@ -117,7 +139,7 @@ def extract_features(
     """
     given = mpps or {}
     jobs = [
-        _Job(slide, store, plan, encoder, given.get(slide.slide_id, slide.mpp), source)
+        _Job(slide, store, plan, encoder, given.get(slide.slide_id, slide.mpp), source, surveys)
         for slide in slides
     ]
     _refuse_others(jobs, new_thresholds=new_thresholds)
@@ -144,12 +166,13 @@ def find_current(
     plan: TilePlan,
     encoder: TileEncoder,
     new_thresholds: bool = False,
+    surveys: Path | None = None,
 ) -> set[str]:
     """Return the ids of the slides whose features `extract_features` would keep.
 
     Raises InputError where it would.
     """
-    jobs = [_Job(slide, store, plan, encoder, slide.mpp, "auto") for slide in slides]
+    jobs = [_Job(slide, store, plan, encoder, slide.mpp, surveys=surveys) for slide in slides]
     _refuse_others(jobs, new_thresholds=new_thresholds)
     return {job.slide.slide_id for job in jobs if _is_done(job)}
 
@@ -158,7 +181,7 @@ def _provenance(job: _Job) -> Provenance:
     return Provenance(
         slide_fingerprint=slide_fingerprint(job.slide.path),
         given_mpp=job.mpp,
-        plan_hash=job.plan.hash,
+        plan_hash=job.plan_id,
         encoder=job.encoder.name,
         encoder_fingerprint=job.encoder.fingerprint,
     )
@@ -174,7 +197,7 @@ def _refuse_others(jobs: Iterable[_Job], *, new_thresholds: bool) -> None:
         theirs = (held.get("encoder"), held.get("encoder_fingerprint"))
         if theirs != ours:
             difference = f"of encoder {_shown(theirs)}, not of {_shown(ours)}"
-        elif held.get("plan_hash") != job.plan.hash and not (new_thresholds and _same_grid(job)):
+        elif held.get("plan_hash") != job.plan_id and not (new_thresholds and _same_grid(job)):
             difference = f"of tiles cut otherwise (there -> here): {_plan_difference(job)}"
         else:
             continue
@@ -192,7 +215,8 @@ def _shown(encoder: tuple[object, object]) -> str:
 def _plan_difference(job: _Job) -> str:
     there, here = read_slide(job.folder).attributes.get("plan", {}), job.plan.params
     keys = [key for key in here if there.get(key) != here[key]]
-    return ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in keys)
+    changes = ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in keys)
+    return changes or "chosen from another survey"
 
 
 def _same_grid(job: _Job) -> bool:
@@ -331,7 +355,7 @@ def _failed(job: _Job, reason: str, remedy: str) -> Failure:
 def _extract(job: _Job, pool: _TilePool) -> SlideReport:
     provenance = _provenance(job)
     with open_slide(job.slide.path, mpp=job.mpp) as slide:
-        tiles = plan_tiles(slide, job.plan)
+        tiles = _choose_tiles(job, slide, provenance)
         held = _held_rows(job, provenance, tiles)
         missing = np.flatnonzero(held < 0)
         with TileReader(slide, job.plan, source=job.source) as reader:
@@ -366,6 +390,36 @@ def _extract(job: _Job, pool: _TilePool) -> SlideReport:
     )
 
 
+def _choose_tiles(job: _Job, slide: SlideReader, provenance: Provenance) -> Tiles:
+    """Choose from the slide's survey where surveys are given, else from one made now.
+
+    Raises SlideError `no_survey` and `stale_survey`, and what `plan_tiles` does.
+    """
+    if job.surveys is None:
+        return plan_tiles(slide, job.plan)
+    path = survey_file(job.surveys, job.slide.slide_id)
+    remedy = f"run `tile` with these slides, tile_px and mpp, and its out= above {job.surveys}"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            made_from = json.loads(str(arrays["about"]))["made_from"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise SlideError("no_survey", f"no survey can be read at {path}", remedy) from error
+    wanted = {
+        "slide": provenance.slide_fingerprint,
+        "given_mpp": job.mpp,
+        "grid_hash": job.plan.grid_hash,
+    }
+    changed = [key for key, value in wanted.items() if made_from.get(key) != value]
+    survey = read_survey(path, made_from) if not changed else None
+    if survey is None:
+        reason = f"the survey {path} is of another {' and '.join(changed) or 'version'}"
+        raise SlideError("stale_survey", reason, remedy)
+    tiles = survey.choose(job.plan)
+    if len(tiles) == 0:
+        raise no_tiles(survey, job.plan)
+    return tiles
+
+
 def _held_rows(job: _Job, provenance: Provenance, tiles: Tiles) -> np.ndarray:
     """Return the stored row of each tile's features, int64 [N]; -1 where there are none.
 
@@ -373,7 +427,7 @@ def _held_rows(job: _Job, provenance: Provenance, tiles: Tiles) -> np.ndarray:
     """
     rows = np.full(len(tiles), -1, dtype=np.int64)
     held = read_provenance(job.folder) if job.folder.exists() else None
-    if held is None or {**held, "plan_hash": job.plan.hash} != asdict(provenance):
+    if held is None or {**held, "plan_hash": job.plan_id} != asdict(provenance):
         return rows
     if not _same_grid(job):
         return rows

@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("slide", type=Path, help="a slide whose first level has JPEG tiles")
     parser.add_argument("--rounds", type=int, default=15, help="of which the best counts")
-    parser.add_argument("--repeat", type=int, default=8, help="of the slide in either direction")
+    parser.add_argument("--repeat", type=int, default=16, help="of the slide in either direction")
     parser.add_argument("--processes", type=int, default=2, help="that embed")
     given = parser.parse_args()
     header = ["tiles/s of 256 px, one thread", "OpenSlide", "ours", "ratio", "apart"]

@@ -1,5 +1,7 @@
 """The verb `embed`, through the command line."""
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -140,3 +142,37 @@ def test_help_shows_the_encoders(capsys):
     shown = capsys.readouterr().out
     for words in ("worker=1/1", "dry_run=false", "uni2", "gigapath", "conch", "huggingface"):
         assert words in shown
+
+
+def test_tiles_are_chosen_from_the_surveys_of_tile(embed, slides, tmp_path, capsys):
+    given = [f"slides={slides}", "tile_px=64", "progress=false", "preview=false"]
+    tile = ["tile", *given, f"out={tmp_path / 'tiles'}"]
+    assert main("pathology", VERBS, tile) == 0
+    surveyed = f"tiles={tmp_path / 'tiles'}"
+    assert embed(surveyed) == 0
+    assert embed(out="plain") == 0
+    store = tmp_path / "out" / "features"
+    one, two = (read_index(folder) for folder in (store, tmp_path / "plain" / "features"))
+    assert one["num_tiles"].tolist() == two["num_tiles"].tolist()
+    outlines = tmp_path / "edited"
+    outlines.mkdir()
+    corner = [[0, 0], [256, 0], [256, 256], [0, 256], [0, 0]]
+    polygon = {"type": "Polygon", "coordinates": [corner]}
+    feature = {"type": "Feature", "geometry": polygon, "properties": {}}
+    (outlines / "s3.geojson").write_text(
+        json.dumps({"type": "FeatureCollection", "features": [feature]}), encoding="utf-8"
+    )
+    assert main("pathology", VERBS, [*tile, f"outlines={outlines}"]) == 0
+    capsys.readouterr()
+    assert embed(surveyed) == 0
+    assert "4 slides, 3 of them as they were" in capsys.readouterr().out
+    grid = read_slide(slide_folder(store, "s3")).grid
+    assert grid.max() < 4
+    (tmp_path / "tiles" / "surveys" / "s0.npz").unlink()
+    assert embed(surveyed, out="other") == 3
+    failures = pd.read_csv(tmp_path / "other" / "failures.csv")
+    assert failures[["slide_id", "status"]].to_numpy().tolist() == [["s0", "no_survey"]]
+    assert embed(surveyed, "tile_px=32", out="third") == 2
+    assert "stale_survey" in capsys.readouterr().out
+    assert embed(f"tiles={slides}", out="fourth") == 2
+    assert "holds no surveys" in capsys.readouterr().err
