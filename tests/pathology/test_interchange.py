@@ -219,6 +219,23 @@ def test_clam_takes_tile_size_from_patches(tmp_path, only):
     assert slide.attributes["source"]["encoder"] == "resnet50/trunc"
 
 
+def test_features_of_trident_on_tiles_of_clam_keep_clams_words(tmp_path):
+    path, grid = tmp_path / "a.h5", cells()
+    arguments = ["import", f"source={path}", f"out={tmp_path / 'out'}", "mpp=0.25"]
+    for level, more in ((0, []), (1, ["tile=1024"])):
+        side = 256 * 4**level
+        write_plain(path, grid * side, vectors())
+        with h5py.File(path, "a") as file:
+            file["coords"].attrs["patch_size"], file["coords"].attrs["patch_level"] = 256, level
+        if more:
+            assert run(*arguments) == 2
+            assert status_of(tmp_path / "out") == {"a": "missing_attribute"}
+        assert run(*arguments, *more) == 0
+        slide = read_slide(slide_folder(tmp_path / "out" / "features", "a"))
+        assert_stored(slide, grid, grid * side, vectors())
+        assert slide.tile0 == side
+
+
 def test_clams_grids_of_several_pieces_need_snap(tmp_path):
     grid = cells(60)
     coords = grid * 1024
