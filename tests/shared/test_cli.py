@@ -401,7 +401,12 @@ def test_every_setting_has_a_meaning_and_every_choice_a_summary(verb: Verb) -> N
 
 @pytest.mark.parametrize("verb", [PATHOLOGY["train"], GENOMICS["train"]], ids=lambda v: v.config)
 def test_every_choice_composes(verb: Verb, calls: list[dict[str, Any]]) -> None:
-    needs = {"encoder=timm": "encoder.model=x", "encoder=torch": "encoder.factory=a:b"}
+    needs = {
+        "encoder=timm": "encoder.model=x",
+        "encoder=torch": "encoder.factory=a:b",
+        "encoder=conch": "encoder.arguments.checkpoint_path=x",
+        "encoder=huggingface": "encoder.model=x",
+    }
     groups = read_root(verb.config).groups
     for turn in range(max(len(group.options) for group in groups)):
         chosen = [
