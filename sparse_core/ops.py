@@ -323,8 +323,7 @@ def _register_autocast(library: torch.library.Library, device_type: str, key: st
     """Under autocast, take q, k and v in its dtype; the engines themselves run without it."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        cast = _autocast(q, k, v)
         with torch.amp.autocast(device_type, enabled=False):
             result: tuple[Tensor, ...] = torch.ops.gigasparse.attention(*cast, *rest)
         return result

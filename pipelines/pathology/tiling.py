@@ -7,12 +7,11 @@ cell that touches tissue with what is known of it; a plan's thresholds only choo
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pipelines.pathology.ordering import hilbert_order
 from pipelines.pathology.slides import SlideError, SlideReader
@@ -35,7 +34,6 @@ LEAST_TISSUE = 1e-6
 UPSAMPLE_TOLERANCE = 0.01
 UNTOUCHED_TOLERANCE = 1e-3
 RESAMPLING = "lanczos"  # Pillow's, whose support widens with the reduction: antialiased
-_BLOCK_PX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,59 +258,6 @@ def no_tiles(survey: Survey, plan: TilePlan) -> SlideError:
     ]
     reason = f"no tile has {plan.min_tissue:.0%} tissue ({'; '.join([found, *flagged])})"
     return SlideError("empty", reason, "look at the slide; lower min_tissue or leave it out")
-
-
-def read_tiles(
-    reader: SlideReader, tiles: Tiles, plan: TilePlan
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (rows of `tiles`, uint8 RGB [n, tile_px, tile_px, 3]), each tile once, in order.
-
-    Pixels come from the coarsest level that is fine enough and are resampled to the plan's
-    resolution; where that level has it already (within 0.1 %) they are untouched: bit for bit
-    where the level is a whole number of times smaller, else as OpenSlide interpolates.
-    Aligned squares of 2^m tiles are runs of the Hilbert order, so each is one read.
-    """
-    level = choose_level(reader, plan.mpp).level
-    level_px = tiles.pitch0 / reader.level_downsamples[level]
-    shift = max(0, int(_BLOCK_PX / level_px).bit_length() - 1)
-    block = tiles.grid.astype(np.int64) >> shift
-    starts = np.flatnonzero(np.r_[True, (block[1:] != block[:-1]).any(axis=1)])
-    for start, stop in zip(starts, np.r_[starts[1:], len(tiles)], strict=True):
-        rows = slice(int(start), int(stop))
-        yield rows, _read_block(reader, tiles.xy0[rows], level, level_px, plan.tile_px)
-
-
-def _read_block(
-    reader: SlideReader, xy0: np.ndarray, level: int, level_px: float, tile_px: int
-) -> np.ndarray:
-    downsample = reader.level_downsamples[level]
-    limit = np.array(reader.level_dimensions[level])
-    untouched = abs(level_px / tile_px - 1) <= UNTOUCHED_TOLERANCE
-    size = float(tile_px) if untouched else level_px
-    corners = xy0 / downsample
-    if untouched:
-        corners = np.rint(corners)
-    corners = np.maximum(0, np.minimum(corners, limit - size))
-    origin = np.floor(corners.min(axis=0)).astype(np.int64)
-    extent = np.minimum(np.ceil(corners.max(axis=0) + size - 1e-6), limit).astype(np.int64) - origin
-    x0, y0 = (int(v) for v in np.rint(origin * downsample))
-    pixels = reader.read_region(x0, y0, int(extent[0]), int(extent[1]), level)
-    if untouched:
-        return _cut(pixels, (corners - origin).astype(np.int64), tile_px)
-    return _resample(pixels, corners - origin, size, tile_px)
-
-
-def _cut(pixels: np.ndarray, corners: np.ndarray, tile_px: int) -> np.ndarray:
-    return np.stack([pixels[y : y + tile_px, x : x + tile_px] for x, y in corners])
-
-
-def _resample(pixels: np.ndarray, corners: np.ndarray, size: float, tile_px: int) -> np.ndarray:
-    image = Image.fromarray(pixels)
-    tiles = np.empty((len(corners), tile_px, tile_px, 3), dtype=np.uint8)
-    for tile, (x, y) in zip(tiles, corners.tolist(), strict=True):
-        box = (x, y, min(x + size, image.width), min(y + size, image.height))
-        tile[:] = np.asarray(image.resize((tile_px, tile_px), Image.Resampling.LANCZOS, box=box))
-    return tiles
 
 
 def _digest(values: dict[str, object]) -> str:

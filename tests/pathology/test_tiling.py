@@ -4,13 +4,13 @@ from PIL import Image
 from scipy import ndimage
 
 from pipelines.pathology.ordering import hilbert_index
+from pipelines.pathology.reading import TileReader
 from pipelines.pathology.slides import SlideError, open_slide
 from pipelines.pathology.tiling import (
     TilePlan,
     choose_level,
     make_plan,
     plan_tiles,
-    read_tiles,
     survey_tiles,
 )
 from pipelines.shared.errors import InputError
@@ -19,13 +19,10 @@ from pipelines.shared.errors import InputError
 def tiles_of(path, plan, mpp=None):
     with open_slide(path, mpp=mpp) as reader:
         tiles = plan_tiles(reader, plan)
-        pixels = np.zeros((len(tiles), plan.tile_px, plan.tile_px, 3), dtype=np.uint8)
-        seen = np.zeros(len(tiles), dtype=int)
-        for rows, block in read_tiles(reader, tiles, plan):
-            pixels[rows] = block
-            seen[rows] += 1
-    assert (seen == 1).all()
-    return tiles, pixels
+        with TileReader(reader, plan) as source:
+            batch = source.read(tiles.xy0)
+    assert batch.valid.all()
+    return tiles, batch.pixels
 
 
 def gradient(height, width):
