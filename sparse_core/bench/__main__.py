@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from sparse_core.bench.ahead import compile_ahead, default_workers
 from sparse_core.bench.cases import CASES, Case
 from sparse_core.bench.contenders import contenders
 from sparse_core.bench.encoder import run_encoder
@@ -39,6 +40,7 @@ class Plan:
     flex: bool = True
     autotune: bool = False
     again: bool = False
+    workers: int = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = Plan(
             tuple(case for case in CASES if not names or case.name in names),
             not names or LAYOUTS in names,
-            given.out, not given.no_flex, given.max_autotune, given.again,
+            given.out, not given.no_flex, given.max_autotune, given.again, given.workers,
         )  # fmt: skip
         try:
             return run_plan(plan, torch.device("cuda"))
@@ -89,12 +91,21 @@ def run_plan(plan: Plan, device: torch.device) -> int:
     if plan.layouts and (plan.again or not record.holds_layouts(machine)):
         record.layouts, record.layouts_run = list(measure_layouts(device)), run
         _write(plan.folder, record)
+    names_of = {
+        case: contenders(case, flex=plan.flex, autotune=plan.autotune) for case in plan.cases
+    }
+    missing = [
+        case
+        for case, names in names_of.items()
+        if plan.again or not record.holds(case, names, machine)
+    ]
+    work = [(case, name) for case in missing for name in names_of[case]]
+    compile_ahead(work, device, plan.workers)
     for number, case in enumerate(plan.cases, 1):
-        names = contenders(case, flex=plan.flex, autotune=plan.autotune)
         start = time.perf_counter()
-        before = not plan.again and record.holds(case, names, machine)
+        before = case not in missing
         if not before:
-            record.add(case, measure_case(case, run, names, device))
+            record.add(case, measure_case(case, run, names_of[case], device))
             _write(plan.folder, record)
         took = "measured before" if before else f"{time.perf_counter() - start:.0f} s"
         found = progress(record.figures[case.name])
@@ -125,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again", action="store_true", help="measure anew what DIR holds, failures too"
     )
+    parser.add_argument(
+        "--workers", type=int, default=default_workers(), metavar="N",
+        help="processes that compile before anything is measured (default: %(default)s; 0: none)",
+    )  # fmt: skip
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument(
         "--max-autotune", action="store_true", help="FlexAttention also as max-autotune compiles it"

@@ -11,6 +11,7 @@ from pipelines.pathology.ordering import hilbert_index as pathology_index
 from sparse_core import build_layout
 from sparse_core.bench import CASES, Case, measure
 from sparse_core.bench.__main__ import Plan, main, run_plan
+from sparse_core.bench.ahead import call_once, compile_ahead
 from sparse_core.bench.cases import Problem, hilbert_index, make_place, make_problem
 from sparse_core.bench.check import (
     choose_rows,
@@ -375,6 +376,19 @@ def test_a_peer_that_fails_fails_alone() -> None:
     assert figures["ours"].failure is None
     assert figures["cudnn"].failure is not None
     assert figures["cudnn"].forward_ms is None
+
+
+def test_compiling_ahead_calls_a_contender_and_leaves_failures_to_the_measurement() -> None:
+    case = small(CASES[0], 128)
+    assert call_once(case, "ours", "cpu")
+    assert not call_once(replace(case, pattern=SlidingWindow((1, 2))), "ours", "cpu")
+
+
+@pytest.mark.gpu
+def test_compiling_ahead_works_in_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [replace(case, tokens=8192, heads=2) for case in CASES[:2]]
+    compile_ahead([(case, "ours") for case in cases], torch.device("cuda"), workers=2)
+    assert "compiling 2/2" in capsys.readouterr().out
 
 
 def test_command_lists_cases_and_refuses_unknown_ones(
