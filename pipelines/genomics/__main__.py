@@ -7,27 +7,27 @@ from pipelines.shared.cli import Verb
 
 VERBS = {
     "train": Verb(
-        summary="Train a sequence classifier on your FASTA file, or on built-in DNA, and score it.",
+        summary="Train a sequence classifier on your sequences, or on built-in DNA, and score it.",
         config="genomics_train",
         function="pipelines.genomics.train:train",
-        path_keys=("fasta", "labels", "out", "store", "data_root"),
-        selects={"fasta": "data=fasta"},
+        path_keys=("sequences", "labels", "out", "store", "data_root"),
+        selects={"sequences": "data=sequences"},
         examples=(
             "",
-            "fasta=RECORDS.fa.gz labels=LABELS.tsv out=runs/mine",
+            "sequences=RECORDS.fa.gz labels=LABELS.tsv out=runs/mine",
             "pattern=bigbird model=base",
             "--multirun pattern=dense,sliding_window",
-            "fasta=GENOMES.fa labels=LABELS.tsv experiment=whole_genomes",
-            "fasta=POOL.fa.gz labels=TASKS.tsv.gz columns.id=record_id where.task=Vertebrates",
+            "sequences=GENOMES.fa labels=LABELS.tsv experiment=whole_genomes",
+            "sequences=POOL.fa.gz labels=TASKS.tsv.gz columns.id=record_id where.task=Vertebrates",
         ),
     ),
     "predict": Verb(
-        summary="Predict the records of a FASTA file with a trained model.",
+        summary="Predict the records of a file with a trained model.",
         config="genomics_predict",
         function="pipelines.genomics.predict:predict",
-        path_keys=("fasta", "ckpt", "out", "store"),
-        required=("fasta", "ckpt"),
-        examples=("fasta=RECORDS.fa.gz ckpt=runs/genomics/model.ckpt out=predictions",),
+        path_keys=("sequences", "ckpt", "out", "store"),
+        required=("sequences", "ckpt"),
+        examples=("sequences=RECORDS.fa.gz ckpt=runs/genomics/model.ckpt out=predictions",),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""`predict`: a FASTA file and a model to one row per record, in input order."""
+"""`predict`: sequences and a model to one row per record, in input order."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def predict(config: dict[str, Any]) -> int:
     network.load_state_dict(model.state_dict)
     out = Path(config["out"])
     make_folder(out)
-    store = ingest(Path(config["fasta"]), Path(config["store"] or out / "store"))
+    store = ingest(Path(config["sequences"]), Path(config["store"] or out / "store"))
     record = {**config, "data": store.fingerprint}
     if open_run(out, record) is RunState.FINISHED:
         print(f"{out / 'predictions.tsv'} is there already; give another out= to predict again")

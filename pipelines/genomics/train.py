@@ -1,4 +1,4 @@
-"""`train`: from a FASTA file and labels to a model, scored beside its baselines."""
+"""`train`: from sequences and labels to a model, scored beside its baselines."""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -66,12 +66,12 @@ def train(config: dict[str, Any]) -> int:
         )
     if config["duplicates"] not in POLICIES:
         raise InputError(f"duplicates must be {', '.join(POLICIES)}; got {config['duplicates']!r}")
-    fasta, labels = _input_files(config)
+    sequences, labels = _input_files(config)
     out = Path(config["out"])
     if not begin_run(out, config):
         return 0
     table = _read_labels(labels, config)
-    store = ingest(fasta, Path(config["store"] or out / "store"))
+    store = ingest(sequences, Path(config["store"] or out / "store"))
     print(store.counts)
     study = _Study(config, settings, store, table, out)
     return study.run()
@@ -83,12 +83,12 @@ def _architecture(config: dict[str, Any], *, num_classes: int) -> dict[str, Any]
 
 
 def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
-    if config["fasta"]:
+    if config["sequences"]:
         if not config["labels"]:
-            raise InputError("fasta= needs labels=TABLE with the columns id and label")
-        return Path(config["fasta"]), Path(config["labels"])
+            raise InputError("sequences= needs labels=TABLE with the columns id and label")
+        return Path(config["sequences"]), Path(config["labels"])
     if config["labels"]:
-        raise InputError("labels= needs fasta=FILE with the records they name")
+        raise InputError("labels= needs sequences=FILE with the records they name")
     data = config["data"]
     names = {f.name for f in fields(MotifPlan)}
     try:
@@ -277,7 +277,7 @@ class _Study:
             f"model        {checkpoint}\n"
             f"predictions  {self.out / 'predictions.tsv'}\n"
             f"metrics      {self.out / 'metrics.json'}\n"
-            f"predict with  python -m pipelines.genomics predict fasta=FILE ckpt={checkpoint} "
+            f"predict with  python -m pipelines.genomics predict sequences=FILE ckpt={checkpoint} "
             f"out=FOLDER\n"
         )
         (self.out / "summary.txt").write_text(summary, encoding="utf-8")
@@ -308,6 +308,6 @@ def _partnerless(
     label = "add a row with its id to the labels"
     record = "remove the row, or give the record that it names"
     return [
-        *(Failure(i, str(config["fasta"]), "no_label", "no label", label) for i in unlabelled),
+        *(Failure(i, str(config["sequences"]), "no_label", "no label", label) for i in unlabelled),
         *(Failure(i, str(config["labels"]), "no_record", "no record", record) for i in unknown),
     ]

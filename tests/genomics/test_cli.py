@@ -36,7 +36,7 @@ def test_default_makes_its_records_and_compares(trained: Path) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     assert set(metrics["scores"]) == {"model", "kmer", "window", "shuffled"}
     assert metrics["engine"] == "blockwise"
-    assert "predict fasta=FILE" in (trained / "summary.txt").read_text()
+    assert "predict sequences=FILE" in (trained / "summary.txt").read_text()
     assert len(pd.read_csv(trained / "predictions.tsv", sep="\t")) == 12
 
 
@@ -50,12 +50,12 @@ def test_own_records_and_predictions_in_input_order(
     with opener(fasta, "wb") as file:
         file.write(text)
     code = run(
-        "train", f"fasta={fasta}", f"labels={records[1]}", f"out={tmp_path / 'run'}",
+        "train", f"sequences={fasta}", f"labels={records[1]}", f"out={tmp_path / 'run'}",
         "context=200", "overlap=50", "baselines=[]", *QUICK,
     )  # fmt: skip
     assert code == 0
     code = run(
-        "predict", f"fasta={fasta}", f"ckpt={tmp_path / 'run' / 'model.ckpt'}",
+        "predict", f"sequences={fasta}", f"ckpt={tmp_path / 'run' / 'model.ckpt'}",
         f"out={tmp_path / 'out'}",
     )  # fmt: skip
     assert code == 0
@@ -73,13 +73,13 @@ def test_tokens_of_several_bases_and_a_standardised_head(
     records: tuple[Path, Path], tmp_path: Path
 ) -> None:
     code = run(
-        "train", f"fasta={records[0]}", f"labels={records[1]}", f"out={tmp_path / 'run'}",
+        "train", f"sequences={records[0]}", f"labels={records[1]}", f"out={tmp_path / 'run'}",
         "stem_stride=3", "model.pooling=mean+max", "model.head_norm=batch", "baselines=[window]",
         *QUICK,
     )  # fmt: skip
     assert code == 0
     ckpt = tmp_path / "run" / "model.ckpt"
-    code = run("predict", f"fasta={records[0]}", f"ckpt={ckpt}", f"out={tmp_path / 'out'}")
+    code = run("predict", f"sequences={records[0]}", f"ckpt={ckpt}", f"out={tmp_path / 'out'}")
     assert code == 0
     ours = pd.read_csv(tmp_path / "run" / "predictions.tsv", sep="\t").set_index("id")
     again = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t").set_index("id")
@@ -95,7 +95,7 @@ def test_partnerless_records_are_listed(
     table["id"] = table["id"].replace(lonely, "nowhere")
     table.to_csv(tmp_path / "labels.tsv", sep="\t", index=False)
     code = run(
-        "train", f"fasta={records[0]}", f"labels={tmp_path / 'labels.tsv'}",
+        "train", f"sequences={records[0]}", f"labels={tmp_path / 'labels.tsv'}",
         f"out={tmp_path / 'run'}", "baselines=[]", *QUICK,
     )  # fmt: skip
     assert code == 3
@@ -128,7 +128,7 @@ NAMES = ["columns.id=record", "columns.label=kind", "where.task=motif, or not"]
 def test_a_task_of_a_pool_is_trained_without_copies(
     pool: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [f"fasta={pool[0]}", f"labels={pool[1]}", f"store={tmp_path / 'store'}"]
+    given = [f"sequences={pool[0]}", f"labels={pool[1]}", f"store={tmp_path / 'store'}"]
     tables = []
     for out in (tmp_path / "one", tmp_path / "two"):
         code = run("train", *given, f"out={out}", *NAMES, "baselines=[kmer]", *QUICK)
@@ -166,7 +166,7 @@ def test_wrong_names_of_columns_and_rows_are_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = [f"fasta={pool[0]}", f"labels={pool[1]}", f"out={tmp_path / 'out'}"]
+    given = [f"sequences={pool[0]}", f"labels={pool[1]}", f"out={tmp_path / 'out'}"]
     code = run("train", *given, *NAMES, *arguments, *QUICK)
     error = capsys.readouterr().err
     assert code == 2, error
@@ -210,7 +210,7 @@ def test_bad_fasta_is_named(
     given = (
         [f"labels={records[1]}", *QUICK] if verb == "train" else [f"ckpt={trained / 'model.ckpt'}"]
     )
-    code = run(verb, f"fasta={fasta}", *given, f"out={tmp_path / 'out'}")
+    code = run(verb, f"sequences={fasta}", *given, f"out={tmp_path / 'out'}")
     error = capsys.readouterr().err
     assert code == 2, error
     assert error.startswith("error: ")
@@ -238,7 +238,7 @@ def test_truncated_files_are_named(
     else:
         path.write_bytes(path.read_bytes()[:-1000])
     code = run(
-        "predict", f"fasta={path}", f"ckpt={trained / 'model.ckpt'}", f"out={tmp_path / 'out'}"
+        "predict", f"sequences={path}", f"ckpt={trained / 'model.ckpt'}", f"out={tmp_path / 'out'}"
     )
     error = capsys.readouterr().err
     assert code == 2, error
@@ -250,7 +250,7 @@ def test_out_that_is_a_file_is_named(
     trained: Path, records: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = run(
-        "predict", f"fasta={records[0]}", f"ckpt={trained / 'model.ckpt'}", f"out={records[1]}"
+        "predict", f"sequences={records[0]}", f"ckpt={trained / 'model.ckpt'}", f"out={records[1]}"
     )
     assert code == 2
     assert "is a file" in capsys.readouterr().err
@@ -277,8 +277,8 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
         (["pattern=longformer"], ["longformer", "window_global"]),
         (["model=huge"], ["huge", "tiny"]),
         (["baselines=[cnn]"], ["cnn", "kmer"]),
-        (["labels=x.tsv"], ["fasta=FILE"]),
-        (["fasta=x.fa"], ["labels=TABLE"]),
+        (["labels=x.tsv"], ["sequences=FILE"]),
+        (["sequences=x.fa"], ["labels=TABLE"]),
         (["overlap=500"], ["overlap"]),
         (["data.right_gap=[2,4]"], ["gaps must exceed"]),
         (["pattern.expression=SlidingWindow((2,3))"], ["2 radii", "1 axes"]),
@@ -292,7 +292,7 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
 def test_bad_commands_are_named(
     arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = QUICK if any("fasta" in argument for argument in arguments) else SMALL
+    settings = QUICK if any("sequences" in argument for argument in arguments) else SMALL
     where = [f"out={tmp_path / 'o'}", f"data_root={tmp_path / 'd'}"]
     code = run("train", *arguments, *where, *settings)
     error = capsys.readouterr().err

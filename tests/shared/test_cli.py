@@ -140,7 +140,8 @@ def test_a_path_below_a_choice_is_taken_as_it_is(calls: list[dict[str, Any]]) ->
 
 
 @pytest.mark.parametrize(
-    ("verbs", "key", "choice"), [(PATHOLOGY, "slides", "slides"), (GENOMICS, "fasta", "fasta")]
+    ("verbs", "key", "choice"),
+    [(PATHOLOGY, "slides", "slides"), (GENOMICS, "sequences", "sequences")],
 )
 def test_giving_data_chooses_its_road(
     verbs: dict[str, Verb],
@@ -194,10 +195,10 @@ def test_a_pattern_can_be_written_out(
         (["pattern=bigbrd"], "did you mean bigbird?\npattern is one of: bigbird, causal, dense"),
         (["model=huge"], "unknown model 'huge'\nmodel is one of: base, large, small, tiny"),
         (["model=null"], "unknown model 'null'"),
-        (["data=fasta"], "data is one of: slides, synthetic, synthetic_far"),
+        (["data=sequences"], "data is one of: slides, synthetic, synthetic_far"),
         (["experiment=x"], "experiment is one of: far"),
         (["patern=bigbird"], "unknown setting 'patern'; did you mean pattern?"),
-        (["fasta=x"], "unknown setting 'fasta'"),
+        (["sequences=x"], "unknown setting 'sequences'"),
         (
             ["optim.lrr=1"],
             "mean optim.lr or optim or optim.final_lr?\noptim has: optim.lr, optim.weight_decay",
@@ -239,7 +240,7 @@ def test_an_unknown_verb_lists_the_right_ones(capsys: pytest.CaptureFixture[str]
     assert "use train or predict; did you mean train?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("verbs", "needed"), [(PATHOLOGY, "slides"), (GENOMICS, "fasta")])
+@pytest.mark.parametrize(("verbs", "needed"), [(PATHOLOGY, "slides"), (GENOMICS, "sequences")])
 def test_predict_says_what_it_needs(
     verbs: dict[str, Verb], needed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,7 +368,7 @@ def test_help_shows_settings_choices_and_their_meaning(capsys: pytest.CaptureFix
 
     text = capsys.readouterr().out
     for words in (
-        "fasta=null",
+        "sequences=null",
         "FASTA file (plain, .gz, .bgz)",
         "context=(by data=)",
         "pattern=window_global\n",
