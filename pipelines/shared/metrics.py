@@ -1,14 +1,20 @@
-"""Scores of saved predictions, each with a bootstrap interval over groups (patients)."""
+"""Predictions beside the truth, and their scores by scikit-learn, SciPy and lifelines."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 from scipy.special import softmax
+from sklearn import metrics as sklearn_metrics
 
-Weights = NDArray[np.float64]  # [R, N]: how often each of R resamples holds each of N rows
-Values = NDArray[np.float64]  # [R], NaN where undefined
+from pipelines.shared.calibration import calibration_error
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,70 +31,168 @@ class Score:
         return {"value": self.value, "low": self.low, "high": self.high, "reason": self.reason}
 
 
-def evaluate(
-    targets: Sequence[int] | NDArray[np.int64],
-    logits: Sequence[Sequence[float]] | NDArray[np.float64],
-    *,
-    groups: Sequence[str],
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Score]:
-    """Return `auroc`, `accuracy` and `balanced_accuracy` of predictions [N, C].
+@dataclass(frozen=True, slots=True, eq=False)
+class ClassPredictions:
+    """True classes [N] and probabilities [N, C].
 
-    AUROC is that of class 1 for two classes, else the mean over classes, each against the rest.
-    Intervals are percentiles (2.5, 97.5) of resamples of whole groups: rows of one patient are not
-    independent. Resamples in which a score is undefined are left out of its interval. Logits or
-    probabilities may be given.
+    Of two classes the second is predicted from `threshold` on; without one, and of more classes,
+    the most probable. `order` names the classes from low to high where they have an order.
     """
-    labels = np.asarray(targets, dtype=np.int64)
-    outputs = np.asarray(logits, dtype=np.float64)
-    if not (len(labels) == len(outputs) == len(groups)):
-        raise ValueError(f"got {len(labels)} targets, {len(outputs)} rows, {len(groups)} groups")
-    if len(labels) == 0:
-        empty = Score(None, None, None, "no predictions")
-        return {"auroc": empty, "accuracy": empty, "balanced_accuracy": empty}
-    values = np.concatenate(
-        [
-            np.stack([measure(labels, outputs, weights) for measure in _MEASURES.values()])
-            for weights in _group_weights(groups, resamples=resamples, seed=seed)
-        ],
-        axis=1,
-    )
-    absent = sorted(set(range(outputs.shape[1])) - set(labels.tolist()))
-    reason = f"no example of class {', '.join(map(str, absent))}" if absent else "undefined"
-    return {name: _score(row, reason) for name, row in zip(_MEASURES, values, strict=True)}
+
+    classes: tuple[str, ...]
+    targets: Rows
+    probabilities: Floats
+    threshold: float | None = None
+    order: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, rows: Rows) -> "ClassPredictions":
+        """Keep some rows."""
+        return replace(self, targets=self.targets[rows], probabilities=self.probabilities[rows])
+
+    @property
+    def chosen(self) -> Rows:
+        """Predicted classes [N]."""
+        if self.threshold is not None and len(self.classes) == 2:
+            return (self.probabilities[:, 1] >= self.threshold).astype(np.int64)
+        return self.probabilities.argmax(axis=1)
+
+    @property
+    def ranks(self) -> Rows | None:
+        """Place of each class in the order [C]."""
+        if self.order is None:
+            return None
+        return np.array([self.order.index(name) for name in self.classes], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValuePredictions:
+    """True and predicted numbers [N]."""
+
+    targets: Floats
+    values: Floats
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, rows: Rows) -> "ValuePredictions":
+        """Keep some rows."""
+        return ValuePredictions(self.targets[rows], self.values[rows])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RiskPredictions:
+    """Times [N], whether the event was seen at them [N], and predicted risks [N].
+
+    A higher risk means an earlier event; the sign is the model's and never chosen by the data.
+    """
+
+    times: Floats
+    events: NDArray[np.bool_]
+    risks: Floats
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def take(self, rows: Rows) -> "RiskPredictions":
+        """Keep some rows."""
+        return RiskPredictions(self.times[rows], self.events[rows], self.risks[rows])
+
+
+Predictions: TypeAlias = ClassPredictions | ValuePredictions | RiskPredictions
+
+TITLES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1",
+    "mcc": "MCC",
+    "qwk": "QWK",
+    "brier": "Brier",
+    "ece": "ECE",
+    "r2": "R2",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "c_index": "c-index",
+}
+"""How a score is called where people read it."""
+
+LOWER_IS_BETTER = frozenset({"brier", "ece", "mae", "rmse"})
+
+
+def measure(predictions: Predictions) -> dict[str, Score]:
+    """Return the scores of one set of predictions, without intervals.
+
+    Classes: AUROC and average precision of the second of two classes, else the mean over classes,
+    each against the rest; accuracy, balanced accuracy (mean recall), F1 (of the second of two
+    classes, else the mean over classes), Matthews' correlation; with an order, the quadratic
+    weighted kappa; the Brier score (0 to 1 for two classes, 0 to 2 for more) and the expected
+    calibration error. Numbers: R2, MAE, RMSE, Pearson's and Spearman's correlation. Risks:
+    Harrell's c-index. A score that the rows do not define is None, with the reason.
+    """
+    if len(predictions) == 0:
+        return {name: Score(None, None, None, "no predictions") for name in _functions(predictions)}
+    found: dict[str, Score] = {}
+    for name, function in _functions(predictions).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they warn of is undefined, and said so below
+            value = function()
+        if np.isfinite(value):
+            found[name] = Score(float(value), None, None)
+        else:
+            found[name] = Score(None, None, None, _why_undefined(predictions))
+    return found
 
 
 def auroc(
-    targets: Sequence[int] | NDArray[np.int64],
-    logits: Sequence[Sequence[float]] | NDArray[np.float64],
+    targets: Sequence[int] | Rows, logits: Sequence[Sequence[float]] | Floats
 ) -> float | None:
-    """Return the AUROC as `evaluate` defines it, without an interval; None where undefined."""
-    labels = np.asarray(targets, dtype=np.int64)
-    value = float(
-        _macro_auroc(labels, np.asarray(logits, np.float64), np.ones((1, len(labels))))[0]
-    )
-    return None if np.isnan(value) else value
+    """Return the AUROC as `measure` defines it, of logits [N, C]; None where it is undefined."""
+    labels, outputs = np.asarray(targets, np.int64), np.asarray(logits, np.float64)
+    if outputs.shape[1] == 2:
+        difference = outputs[:, 1] - outputs[:, 0]
+        outputs = np.stack([-difference, difference], axis=1)
+    else:
+        outputs = softmax(outputs, axis=1)  # logits of a class compare between rows only after it
+    value = _mean_over_classes(labels, outputs, sklearn_metrics.roc_auc_score)
+    return float(value) if np.isfinite(value) else None
 
 
-def format_table(rows: Mapping[str, Mapping[str, Score]]) -> str:
-    """Return aligned lines: a row per model, a column per score."""
-    names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    header = ["model", *(_TITLES.get(name, name) for name in names)]
+def as_probabilities(outputs: Sequence[Sequence[float]] | Floats) -> Floats:
+    """Return probabilities [N, C] as they are, and the softmax of anything else."""
+    table = np.asarray(outputs, dtype=np.float64)
+    if (table >= 0).all() and np.allclose(table.sum(axis=1), 1.0, atol=1e-4):
+        return table
+    return np.asarray(softmax(table, axis=1))
+
+
+def format_table(
+    rows: Mapping[str, Mapping[str, Score]], *, names: Sequence[str] | None = None
+) -> str:
+    """Return aligned lines: a row per model, a column per score (of `names`, if given)."""
+    every = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    shown = every if names is None else [name for name in names if name in every]
+    header = ["model", *(TITLES.get(name, name) for name in shown)]
     body = [
-        [model, *(format_score(scores[name]) if name in scores else "-" for name in names)]
+        [model, *(format_score(scores[name]) if name in scores else "-" for name in shown)]
         for model, scores in rows.items()
     ]
     return align([header, *body])
 
 
-def format_score(score: Score) -> str:
+def format_score(score: Score, *, signed: bool = False) -> str:
     """Return `0.912 [0.850, 0.960]`, or why there is none."""
     if score.value is None:
         return f"- ({score.reason})"
+    sign = "+" if signed else ""
     if score.low is None or score.high is None:
-        return f"{score.value:.3f}"
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+        return f"{score.value:{sign}.3f}"
+    return f"{score.value:{sign}.3f} [{score.low:{sign}.3f}, {score.high:{sign}.3f}]"
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
@@ -100,88 +204,87 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-_CHUNK_VALUES = 4_000_000  # weights held at once: 32 MB
-_TITLES = {"auroc": "AUROC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
+def _functions(predictions: Predictions) -> dict[str, Callable[[], float]]:
+    if isinstance(predictions, ClassPredictions):
+        return _class_functions(predictions)
+    if isinstance(predictions, ValuePredictions):
+        return _value_functions(predictions.targets, predictions.values)
+    return {"c_index": lambda: _concordance(predictions)}
 
 
-def _group_weights(groups: Sequence[str], *, resamples: int, seed: int) -> Iterator[Weights]:
-    """Yield the weights of the sample itself, then of its resamples, in bounded chunks."""
-    names, group_of = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    generator = np.random.default_rng(seed)
-    share = np.full(len(names), 1 / len(names))
-    yield np.ones((1, len(group_of)))
-    chunk = max(1, _CHUNK_VALUES // len(group_of))
-    for start in range(0, resamples, chunk):
-        counts = generator.multinomial(len(names), share, size=min(chunk, resamples - start))
-        yield counts.astype(np.float64)[:, group_of]
+def _class_functions(given: ClassPredictions) -> dict[str, Callable[[], float]]:
+    labels, outputs, chosen = given.targets, given.probabilities, given.chosen
+    two = len(given.classes) == 2
+    ranks = given.ranks
+    functions: dict[str, Callable[[], float]] = {
+        "auroc": lambda: _mean_over_classes(labels, outputs, sklearn_metrics.roc_auc_score),
+        "auprc": lambda: _mean_over_classes(
+            labels, outputs, sklearn_metrics.average_precision_score
+        ),
+        "accuracy": lambda: sklearn_metrics.accuracy_score(labels, chosen),
+        "balanced_accuracy": lambda: sklearn_metrics.balanced_accuracy_score(labels, chosen),
+        "f1": lambda: sklearn_metrics.f1_score(
+            labels, chosen, average="binary" if two else "macro", zero_division=0.0
+        ),
+        "mcc": lambda: sklearn_metrics.matthews_corrcoef(labels, chosen),
+    }
+    if ranks is not None:
+        functions["qwk"] = lambda: sklearn_metrics.cohen_kappa_score(
+            ranks[labels], ranks[chosen], labels=range(len(ranks)), weights="quadratic"
+        )
+    functions["brier"] = lambda: sklearn_metrics.brier_score_loss(
+        labels,
+        outputs[:, 1] if two else outputs / outputs.sum(axis=1, keepdims=True),
+        labels=range(len(given.classes)),
+    )
+    functions["ece"] = lambda: calibration_error(labels, outputs)
+    return functions
 
 
-def _score(values: Values, reason: str) -> Score:
-    if np.isnan(values[0]):
-        return Score(None, None, None, reason)
-    defined = values[1:][~np.isnan(values[1:])]
-    if len(defined) == 0:
-        return Score(float(values[0]), None, None, "no resample defines an interval")
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return Score(float(values[0]), float(low), float(high))
+def _concordance(given: RiskPredictions) -> float:
+    from lifelines.utils import concordance_index  # half a second that only survival needs
+
+    if not _has_known_pair(given):
+        return np.nan
+    return float(concordance_index(given.times, -given.risks, given.events))
 
 
-def _accuracy(labels: NDArray[np.int64], outputs: Weights, weights: Weights) -> Values:
-    hits = (outputs.argmax(axis=1) == labels).astype(np.float64)
-    return np.asarray(weights @ hits / weights.sum(axis=1))
+def _has_known_pair(given: RiskPredictions) -> bool:
+    """Tell whether some event comes before another row's time, or with a censored one's."""
+    if not given.events.any():
+        return False
+    first = given.times[given.events].min()
+    return bool(((given.times > first) | ((given.times == first) & ~given.events)).any())
 
 
-def _balanced_accuracy(labels: NDArray[np.int64], outputs: Weights, weights: Weights) -> Values:
-    """Return the mean recall of the classes that a resample holds."""
-    recalls = []
-    for label in np.unique(labels):
-        rows = labels == label
-        recalls.append(_divide(*_hits(outputs[rows], label, weights[:, rows])))
-    table = np.stack(recalls)
-    present = ~np.isnan(table)
-    return np.asarray(np.where(present, table, 0.0).sum(axis=0) / present.sum(axis=0))
+def _value_functions(targets: Floats, values: Floats) -> dict[str, Callable[[], float]]:
+    return {
+        "r2": lambda: sklearn_metrics.r2_score(targets, values),
+        "mae": lambda: sklearn_metrics.mean_absolute_error(targets, values),
+        "rmse": lambda: sklearn_metrics.root_mean_squared_error(targets, values),
+        "pearson": lambda: (
+            stats.pearsonr(targets, values).statistic if len(targets) > 1 else np.nan
+        ),
+        "spearman": lambda: stats.spearmanr(targets, values).statistic,
+    }
 
 
-def _hits(outputs: Weights, label: int, weights: Weights) -> tuple[Values, Values]:
-    return weights @ (outputs.argmax(axis=1) == label).astype(np.float64), weights.sum(axis=1)
-
-
-def _macro_auroc(labels: NDArray[np.int64], outputs: Weights, weights: Weights) -> Values:
+def _mean_over_classes(
+    labels: Rows, outputs: Floats, function: Callable[[NDArray[np.bool_], Floats], float]
+) -> float:
+    """Score the second of two classes, else the mean over all; NaN if one is absent or alone."""
     num_classes = outputs.shape[1]
-    probable = _are_probabilities(outputs)
-    if num_classes == 2:
-        scores = outputs[:, 1] if probable else outputs[:, 1] - outputs[:, 0]
-        return _binary_auroc(labels == 1, scores, weights)
-    # logits of one class compare between rows only after the softmax
-    shares = outputs if probable else np.asarray(softmax(outputs, axis=1))
-    each = [_binary_auroc(labels == c, shares[:, c], weights) for c in range(num_classes)]
-    return np.asarray(np.mean(each, axis=0))
+    if len(np.unique(labels)) < num_classes:
+        return np.nan
+    scored = [1] if num_classes == 2 else range(num_classes)
+    return float(np.mean([function(labels == label, outputs[:, label]) for label in scored]))
 
 
-def _are_probabilities(outputs: Weights) -> bool:
-    return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-4))
-
-
-def _binary_auroc(positive: NDArray[np.bool_], scores: Values, weights: Weights) -> Values:
-    """Return P(score of a positive > of a negative) + P(equal) / 2, weighted, per resample."""
-    order = np.argsort(scores, kind="stable")
-    ordered = scores[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    weighted = weights[:, order]
-    pos = np.add.reduceat(weighted * positive[order], starts, axis=1)  # [R, distinct scores]
-    neg = np.add.reduceat(weighted * ~positive[order], starts, axis=1)
-    below = np.cumsum(neg, axis=1) - neg
-    return _divide((pos * (below + 0.5 * neg)).sum(axis=1), pos.sum(axis=1) * neg.sum(axis=1))
-
-
-def _divide(numerator: Values, denominator: Values) -> Values:
-    """Divide, with NaN for x / 0."""
-    out = np.full(numerator.shape, np.nan)
-    return np.divide(numerator, denominator, out=out, where=denominator > 0)
-
-
-_MEASURES = {
-    "auroc": _macro_auroc,
-    "accuracy": _accuracy,
-    "balanced_accuracy": _balanced_accuracy,
-}
+def _why_undefined(predictions: Predictions) -> str:
+    if isinstance(predictions, RiskPredictions):
+        return "no two comparable times" if predictions.events.any() else "no event"
+    if isinstance(predictions, ValuePredictions):
+        return "a single row" if len(predictions) == 1 else "no variation"
+    held = set(predictions.targets.tolist())
+    absent = [name for label, name in enumerate(predictions.classes) if label not in held]
+    return f"no example of class {', '.join(absent)}" if absent else "undefined"

@@ -16,7 +16,7 @@ from pipelines.genomics.duplicates import find_copies
 from pipelines.genomics.genome import read_fasta
 from pipelines.genomics.store import ingest
 from pipelines.shared.errors import InputError
-from pipelines.shared.metrics import evaluate
+from pipelines.shared.evaluation import evaluate
 from pipelines.shared.splits import assign_splits
 
 pytestmark = pytest.mark.real_data

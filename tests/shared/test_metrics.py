@@ -1,105 +1,139 @@
-import time
-
 import numpy as np
 import pytest
+from lifelines.datasets import load_rossi
+from lifelines.utils import concordance_index
 from scipy.special import softmax
 from sklearn import metrics as sklearn_metrics
 
-from pipelines.shared.metrics import Score, auroc, evaluate, format_table
+from pipelines.shared.metrics import (
+    ClassPredictions,
+    RiskPredictions,
+    Score,
+    ValuePredictions,
+    auroc,
+    format_score,
+    format_table,
+    measure,
+)
 
 
-def _binary(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def _values(scores: dict[str, Score]) -> dict[str, float | None]:
+    return {name: score.value for name, score in scores.items()}
+
+
+def _draw(count: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
-    targets = generator.integers(0, 2, count)
-    first = np.round(generator.normal(size=count) + targets, 1)  # with ties
-    return targets, np.stack([-first, first], axis=1)
+    targets = generator.integers(0, num_classes, count)
+    logits = np.round(generator.normal(size=(count, num_classes)) + np.eye(num_classes)[targets], 1)
+    return targets, logits
 
 
-def test_values_equal_those_of_scikit_learn() -> None:
-    targets, logits = _binary(200)
+def test_values_of_two_classes_by_hand() -> None:
+    # tp 2, fn 1, fp 1, tn 1 at 0.6
+    probabilities = np.array([0.9, 0.6, 0.2, 0.7, 0.1])
+    given = ClassPredictions(
+        ("no", "yes"),
+        np.array([1, 1, 1, 0, 0]),
+        np.stack([1 - probabilities, probabilities], axis=1),
+        threshold=0.6,
+    )
 
-    scores = evaluate(targets, logits, groups=[str(i) for i in range(200)], resamples=10)
+    found = _values(measure(given))
 
-    predicted = logits.argmax(axis=1)
-    expected = {
-        "auroc": sklearn_metrics.roc_auc_score(targets, logits[:, 1]),
-        "accuracy": sklearn_metrics.accuracy_score(targets, predicted),
-        "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(targets, predicted),
-    }
-    assert {name: score.value for name, score in scores.items()} == pytest.approx(expected)
+    assert found["auroc"] == pytest.approx(4 / 6)
+    assert found["auprc"] == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    assert found["accuracy"] == pytest.approx(3 / 5)
+    assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert found["f1"] == pytest.approx(2 / 3)
+    assert found["mcc"] == pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))
+    assert found["brier"] == pytest.approx((0.01 + 0.16 + 0.64 + 0.49 + 0.01) / 5)
+    assert "qwk" not in found
 
 
-@pytest.mark.parametrize("as_probabilities", [False, True])
-def test_macro_auroc_equals_scikit_learns(as_probabilities: bool) -> None:
-    generator = np.random.default_rng(1)
-    targets = generator.integers(0, 4, 150)
-    logits = generator.normal(size=(150, 4)) + np.eye(4)[targets]
+def test_quadratic_kappa_follows_the_given_order_by_hand() -> None:
+    # rows (true, predicted): 3 x low-low, 1 x low-high, 2 x mid-mid, 2 x high-high
+    names = ("high", "low", "mid")
+    true = np.array([1, 1, 1, 1, 2, 2, 0, 0])
+    chosen = np.array([1, 1, 1, 0, 2, 2, 0, 0])
+    given = ClassPredictions(names, true, np.eye(3)[chosen], order=("low", "mid", "high"))
+
+    value = measure(given)["qwk"].value
+
+    # observed disagreement 1 * 4; expected sum over (i - j)^2 true_i found_j / 8
+    true_counts, found_counts = np.array([4, 2, 2]), np.array([3, 2, 3])
+    cost = np.subtract.outer(np.arange(3), np.arange(3)) ** 2
+    expected = (np.outer(true_counts, found_counts) * cost).sum() / 8
+    assert value == pytest.approx(1 - 4 / expected)
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_auroc_equals_scikit_learns(num_classes: int) -> None:
+    targets, logits = _draw(150, num_classes)
     shares = softmax(logits, axis=1)
 
-    found = auroc(targets, shares if as_probabilities else logits)
-
-    expected = sklearn_metrics.roc_auc_score(targets, shares, multi_class="ovr", average="macro")
-    assert found == pytest.approx(expected)
-
-
-def test_interval_equals_a_plain_bootstrap_of_groups() -> None:
-    targets, logits = _binary(60, seed=2)
-    groups = np.array([f"p{i // 3}" for i in range(60)])
-
-    score = evaluate(targets, logits, groups=groups.tolist(), resamples=3000)["auroc"]
-
-    generator = np.random.default_rng(9)
-    values = []
-    for _ in range(500):
-        drawn = generator.choice(20, 20)
-        rows = np.concatenate([np.flatnonzero(groups == f"p{group}") for group in drawn])
-        values.append(sklearn_metrics.roc_auc_score(targets[rows], logits[rows, 1]))
-    assert (score.low, score.high) == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.03)
+    expected = (
+        sklearn_metrics.roc_auc_score(targets, logits[:, 1] - logits[:, 0])
+        if num_classes == 2
+        else sklearn_metrics.roc_auc_score(targets, shares, multi_class="ovr", average="macro")
+    )
+    assert auroc(targets, logits) == pytest.approx(expected)
+    classes = tuple(map(str, range(num_classes)))
+    found = measure(ClassPredictions(classes, targets, shares))["auroc"].value
+    assert found == pytest.approx(expected, abs=1e-3)  # the softmax unties a few rows
 
 
-def test_equal_predictions_score_exactly_one_half() -> None:
-    targets = [0, 1] * 20
+def test_saturated_logits_keep_their_ranks() -> None:
+    assert auroc([0, 1, 1, 0], [[0, 800.0], [0, 900.0], [0, 950.0], [0, 700.0]]) == 1.0
 
-    score = evaluate(targets, [[0.5, 0.5]] * 40, groups=[str(i // 2) for i in range(40)])["auroc"]
 
-    assert (score.value, score.low, score.high) == (0.5, 0.5, 0.5)
+def test_numbers_by_hand() -> None:
+    found = _values(measure(ValuePredictions(np.array([1.0, 2, 3, 6]), np.array([1.0, 3, 2, 6]))))
+
+    assert found["r2"] == pytest.approx(1 - 2 / 14)
+    assert found["mae"] == pytest.approx(0.5)
+    assert found["rmse"] == pytest.approx(np.sqrt(0.5))
+    assert found["spearman"] == pytest.approx(0.8)
+
+
+def test_c_index_is_lifelines_and_keeps_the_sign_of_the_risk() -> None:
+    rossi = load_rossi()
+    risks = rossi["prio"].to_numpy(np.float64)
+    given = RiskPredictions(
+        rossi["week"].to_numpy(np.float64), rossi["arrest"].to_numpy(bool), risks
+    )
+
+    value = measure(given)["c_index"].value
+    turned = RiskPredictions(given.times, given.events, -risks)
+
+    assert value == concordance_index(rossi["week"], -risks, rossi["arrest"])
+    assert value is not None
+    assert value > 0.5
+    assert measure(turned)["c_index"].value == pytest.approx(1 - value)
+
+
+@pytest.mark.parametrize(
+    ("events", "reason"), [([False, False], "no event"), ([True, True], "no two comparable times")]
+)
+def test_a_c_index_without_comparable_rows_is_undefined(events: list[bool], reason: str) -> None:
+    given = RiskPredictions(np.array([3.0, 3.0]), np.array(events), np.array([1.0, 2.0]))
+
+    assert measure(given)["c_index"] == Score(None, None, None, reason)
 
 
 def test_a_missing_class_leaves_auroc_undefined_with_its_reason() -> None:
-    scores = evaluate([0, 0], [[1.0, 0.0], [0.0, 1.0]], groups=["a", "b"])
+    given = ClassPredictions(("a", "b"), np.array([0, 0]), np.array([[1.0, 0.0], [0.2, 0.8]]))
 
-    assert scores["auroc"] == Score(None, None, None, "no example of class 1")
+    scores = measure(given)
+
+    assert scores["auroc"] == Score(None, None, None, "no example of class b")
     assert scores["accuracy"].value == 0.5
-    assert "no example of class 1" in format_table({"ours": scores})
+    assert "no example of class b" in format_table({"ours": scores}, names=["auroc"])
 
 
 def test_no_predictions_are_undefined() -> None:
-    assert evaluate([], np.zeros((0, 2)), groups=[])["accuracy"].value is None
+    nothing = ValuePredictions(np.zeros(0), np.zeros(0))
 
-
-def test_a_seed_repeats_the_interval() -> None:
-    targets, logits = _binary(40)
-    groups = [str(i) for i in range(40)]
-
-    assert evaluate(targets, logits, groups=groups) == evaluate(targets, logits, groups=groups)
-
-
-def test_a_thousand_resamples_of_many_groups_are_fast() -> None:
-    targets, logits = _binary(5000)
-
-    start = time.perf_counter()
-    evaluate(targets, logits, groups=[str(i // 50) for i in range(5000)])
-
-    assert time.perf_counter() - start < 3
-
-
-def test_many_rows_are_resampled_in_bounded_chunks() -> None:
-    targets, logits = _binary(50_000)
-
-    scores = evaluate(targets, logits, groups=[str(i) for i in range(50_000)], resamples=100)
-
-    assert scores["auroc"].low is not None
-    assert scores["auroc"].low < scores["auroc"].value  # type: ignore[operator]
+    assert measure(nothing)["mae"] == Score(None, None, None, "no predictions")
 
 
 def test_table_is_aligned() -> None:
@@ -109,3 +143,7 @@ def test_table_is_aligned() -> None:
 
     assert lines[1] == "ours               0.900 [0.800, 0.950]  0.850"
     assert lines[0].index("AUROC") == lines[1].index("0.900") == lines[2].index("0.900")
+
+
+def test_differences_are_shown_with_their_sign() -> None:
+    assert format_score(Score(0.1, -0.05, 0.2), signed=True) == "+0.100 [-0.050, +0.200]"
