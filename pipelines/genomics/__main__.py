@@ -11,7 +11,7 @@ VERBS = {
         config="genomics_train",
         function="pipelines.genomics.train:train",
         path_keys=("sequences", "labels", "out", "store", "data_root"),
-        selects={"sequences": "data=sequences"},
+        selects=dict.fromkeys(("sequences", "labels", "store"), "data=sequences"),
         examples=(
             "",
             "sequences=RECORDS.fa.gz labels=LABELS.tsv out=runs/mine",
@@ -26,7 +26,7 @@ VERBS = {
         config="genomics_predict",
         function="pipelines.genomics.predict:predict",
         path_keys=("sequences", "ckpt", "out", "store"),
-        required=("sequences", "ckpt"),
+        required=("ckpt",),
         examples=("sequences=RECORDS.fa.gz ckpt=runs/genomics/model.ckpt out=predictions",),
     ),
 }

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from pipelines.genomics.data import WindowDataset
+from pipelines.genomics.ingest import provide_store, require_input
 from pipelines.genomics.model import DnaClassifier
-from pipelines.genomics.store import ingest
 from pipelines.genomics.train import TASK, record_probabilities
 from pipelines.shared.checkpoint import load_model
 from pipelines.shared.errors import InputError
@@ -19,6 +19,7 @@ from pipelines.shared.tables import write_table
 
 def predict(config: dict[str, Any]) -> int:
     """Predict every record; returns 0."""
+    require_input(config)
     model = load_model(Path(config["ckpt"]), task=TASK)
     if config["device"].startswith("cuda") and not torch.cuda.is_available():
         raise InputError("device=cuda: no GPU is found here; use device=cpu")
@@ -26,7 +27,7 @@ def predict(config: dict[str, Any]) -> int:
     network.load_state_dict(model.state_dict)
     out = Path(config["out"])
     make_folder(out)
-    store = ingest(Path(config["sequences"]), Path(config["store"] or out / "store"))
+    store = provide_store(config, out)
     record = {**config, "data": store.fingerprint}
     if open_run(out, record) is RunState.FINISHED:
         print(f"{out / 'predictions.tsv'} is there already; give another out= to predict again")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import pandas as pd
 import zarr
 from jaxtyping import Int64, UInt8
 from numpy import ndarray
@@ -98,6 +99,13 @@ class SequenceStore:
         if self.counts.bases <= self.memory_bytes:
             return self._read_whole()[offset + start : offset + end].copy()
         return self._read_chunks(offset + start, offset + end)
+
+    def label_table(self) -> pd.DataFrame:
+        """Labels that came with the records, in the columns id, label, group, maybe split.
+
+        Raises InputError where none came.
+        """
+        raise InputError(f"{self.path} holds no labels: give labels=TABLE (columns id and label)")
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {

@@ -20,8 +20,9 @@ from pipelines.genomics.data import (
     read_label_table,
 )
 from pipelines.genomics.duplicates import POLICIES, Chosen, Settled, find_copies, settle_copies
+from pipelines.genomics.ingest import provide_store, require_input
 from pipelines.genomics.model import DnaClassifier
-from pipelines.genomics.store import SequenceStore, ingest
+from pipelines.genomics.store import SequenceStore
 from pipelines.genomics.synthetic import MotifPlan, write_dataset
 from pipelines.shared.checkpoint import save_model
 from pipelines.shared.errors import InputError
@@ -70,8 +71,9 @@ def train(config: dict[str, Any]) -> int:
     out = Path(config["out"])
     if not begin_run(out, config):
         return 0
-    table = _read_labels(labels, config)
-    store = ingest(sequences, Path(config["store"] or out / "store"))
+    table = None if labels is None else _read_labels(labels, config)
+    store = provide_store({**config, "sequences": sequences}, out, require_labels=table is None)
+    table = store.label_table() if table is None else table
     print(store.counts)
     study = _Study(config, settings, store, table, out)
     return study.run()
@@ -82,13 +84,12 @@ def _architecture(config: dict[str, Any], *, num_classes: int) -> dict[str, Any]
     return {**architecture, "stem_stride": config["stem_stride"]}
 
 
-def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
-    if config["sequences"]:
-        if not config["labels"]:
-            raise InputError("sequences= needs labels=TABLE with the columns id and label")
-        return Path(config["sequences"]), Path(config["labels"])
-    if config["labels"]:
-        raise InputError("labels= needs sequences=FILE with the records they name")
+def _input_files(config: dict[str, Any]) -> tuple[Path | None, Path | None]:
+    """Name sequences (None: the store has them) and labels (None: they stand with the records)."""
+    if config["data"]["name"] == "sequences":
+        require_input(config)
+        sequences, labels = (config[key] and Path(config[key]) for key in ("sequences", "labels"))
+        return sequences, labels
     data = config["data"]
     names = {f.name for f in fields(MotifPlan)}
     try:
@@ -101,7 +102,8 @@ def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
 
 def _read_labels(path: Path, config: dict[str, Any]) -> pd.DataFrame:
     """Read the labels, and say which columns and rows of the table they are."""
-    columns, where = config["columns"], config["where"]
+    columns = {role: name for role, name in config["columns"].items() if role != "sequence"}
+    where = config["where"]
     table = read_label_table(path, columns=columns, where=where)
     mapped = [f"{role} is {name!r}" for role, name in columns.items() if name != role]
     if mapped:

@@ -193,6 +193,23 @@ BAD_FASTA = {
 }
 
 
+def test_records_without_labels_are_named(
+    records: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", f"sequences={records[0]}", f"out={tmp_path / 'o'}", *QUICK) == 2
+    assert "labels=TABLE" in capsys.readouterr().err
+
+
+def test_a_store_alone_is_enough(trained: Path, records: tuple[Path, Path], tmp_path: Path) -> None:
+    store = f"store={trained / 'store'}"
+    code = run("train", store, f"labels={records[1]}", f"out={tmp_path / 'o'}", "baselines=[]",
+               *QUICK)  # fmt: skip
+    assert code == 0
+    ckpt = f"ckpt={tmp_path / 'o' / 'model.ckpt'}"
+    assert run("predict", store, ckpt, f"out={tmp_path / 'p'}") == 0
+    assert len(pd.read_csv(tmp_path / "p" / "predictions.tsv", sep="\t")) == 44
+
+
 @pytest.mark.parametrize("case", BAD_FASTA, ids=str)
 @pytest.mark.parametrize("verb", ["train", "predict"])
 def test_bad_fasta_is_named(
@@ -278,7 +295,7 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
         (["model=huge"], ["huge", "tiny"]),
         (["baselines=[cnn]"], ["cnn", "kmer"]),
         (["labels=x.tsv"], ["sequences=FILE"]),
-        (["sequences=x.fa"], ["labels=TABLE"]),
+        (["data=sequences"], ["sequences=FILE", "store=FOLDER"]),
         (["overlap=500"], ["overlap"]),
         (["data.right_gap=[2,4]"], ["gaps must exceed"]),
         (["pattern.expression=SlidingWindow((2,3))"], ["2 radii", "1 axes"]),
@@ -292,7 +309,8 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
 def test_bad_commands_are_named(
     arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = QUICK if any("sequences" in argument for argument in arguments) else SMALL
+    given = ("sequences", "labels")
+    settings = QUICK if any(key in arguments[0] for key in given) else SMALL
     where = [f"out={tmp_path / 'o'}", f"data_root={tmp_path / 'd'}"]
     code = run("train", *arguments, *where, *settings)
     error = capsys.readouterr().err

@@ -240,13 +240,19 @@ def test_an_unknown_verb_lists_the_right_ones(capsys: pytest.CaptureFixture[str]
     assert "use train or predict; did you mean train?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("verbs", "needed"), [(PATHOLOGY, "slides"), (GENOMICS, "sequences")])
+@pytest.mark.parametrize(
+    ("verbs", "words"),
+    [
+        (PATHOLOGY, "slides= is missing: predict needs slides=... ckpt=..."),
+        (GENOMICS, "sequences= is missing: give sequences=FILE, or store=FOLDER"),
+    ],
+)
 def test_predict_says_what_it_needs(
-    verbs: dict[str, Verb], needed: str, capsys: pytest.CaptureFixture[str]
+    verbs: dict[str, Verb], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main("x", verbs, ["predict", "ckpt=x"]) == 2
 
-    assert f"{needed}= is missing: predict needs {needed}=... ckpt=..." in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 def test_exit_codes(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +375,7 @@ def test_help_shows_settings_choices_and_their_meaning(capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     for words in (
         "sequences=null",
-        "FASTA file (plain, .gz, .bgz)",
+        "FASTA (plain, gz, bgz), 2bit",
         "context=(by data=)",
         "pattern=window_global\n",
         "bigbird         window, registers and random blocks",
