@@ -298,8 +298,8 @@ def train_bpe(
     """Train BPE on both strands of the first `max_bases` unambiguous bases.
 
     Merges never cross an ambiguous base, every letter of the alphabet is a token, and ten or more N
-    in a row are one gap token. The same bases give the same merges: ties are broken by token number.
-    Raises InputError when there is nothing to learn from.
+    in a row are one gap token. The same bases give the same merges, ties being broken by token
+    number. Raises InputError when there is nothing to learn from.
     """
     smallest = len(_SPECIAL) + 1 + len(LETTERS)
     if vocab_size <= smallest:
