@@ -20,12 +20,13 @@ from pipelines.pathology.data import SlideDataset
 from pipelines.pathology.model import SlideClassifier
 from pipelines.pathology.ordering import hilbert_order
 from pipelines.pathology.store import Provenance, is_current, slide_folder, write_group
-from pipelines.shared.batch import PackedBatch
 from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitReport, FitSettings, fit, require_device, seed_everything
+from pipelines.shared.objective import Classification
 from pipelines.shared.optim import OptimSettings
 from pipelines.shared.record import RunState, finish_run, open_run
 from pipelines.shared.study import architecture_of, check_network, name_engines
+from pipelines.shared.task import Packs
 from sparse_core.testing import peak_memory
 
 TISSUE_SHARE = 0.4
@@ -180,11 +181,12 @@ class _Stopwatch(Callback):
         self._started = 0.0
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: PackedBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Packs, batch_idx: int
     ) -> None:
         """Build the layouts once more, by themselves."""
         started = _now(pl_module.device)
-        pl_module.network.build_layouts(batch)
+        for pack in batch:
+            pl_module.network.build_layouts(pack)
         self._started = _now(pl_module.device)
         self.layout_seconds.append(self._started - started)
 
@@ -193,7 +195,7 @@ class _Stopwatch(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: object,
-        batch: PackedBatch,
+        batch: Packs,
         batch_idx: int,
     ) -> None:
         """Stop when the weights have moved."""
@@ -222,7 +224,13 @@ def _measure(
     report: FitReport | None = None
     try:
         _, report = fit(
-            build(), data, val, out=Path(config["out"]), settings=settings, callbacks=[stopwatch]
+            build(),
+            data,
+            val,
+            objective=Classification(("0", "1")),
+            out=Path(config["out"]),
+            settings=settings,
+            callbacks=[stopwatch],
         )
     except torch.OutOfMemoryError as error:
         print(f"{num_tiles:,} tiles: {str(error).splitlines()[0]}")

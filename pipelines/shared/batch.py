@@ -1,6 +1,6 @@
 """Examples, their packing into one batch without padding, and batches by token budget."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, overload
 
@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 from torch.utils.data import Sampler
+
+Target = int | float | tuple[float, float]
+"""A class, a number, or a time and whether the event was seen then (1) or not by then (0)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,7 +23,7 @@ class Example:
 
     inputs: Shaped[Tensor, "T ..."]
     coords: Int64[Tensor, "T P"]
-    target: int | None
+    target: Target | None
     id: str
     group: str
     record: int
@@ -44,6 +47,7 @@ class ExampleList(Sequence[Example]):
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = list(examples)
         self.lengths = [len(example.inputs) for example in self._examples]
+        self.targets = [example.target for example in self._examples]
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -62,12 +66,15 @@ class ExampleList(Sequence[Example]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """Sequences laid end to end; `lengths` says where each one stops."""
+    """Sequences laid end to end; `lengths` says where each one stops.
+
+    `targets` are int64 classes, float32 numbers, or float32 rows of time and event.
+    """
 
     inputs: Shaped[Tensor, "T ..."]
     coords: Int64[Tensor, "T P"]
     lengths: Int64[Tensor, " S"]
-    targets: Int64[Tensor, " S"] | None
+    targets: Shaped[Tensor, "S ..."] | None
     ids: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -105,6 +112,13 @@ def pack(examples: list[Example]) -> PackedBatch:
     )
 
 
+def pack_within(examples: list[Example], max_tokens: int) -> tuple[PackedBatch, ...]:
+    """Pack examples, in their order, into as many batches as a number of tokens asks for."""
+    lengths = [len(example.inputs) for example in examples]
+    parts = _fill(list(range(len(examples))), lengths, max_tokens, len(examples))
+    return tuple(pack([examples[index] for index in part]) for part in parts)
+
+
 class TokenBudgetBatches(Sampler[list[int]]):
     """Fill batches up to a number of tokens; every example comes exactly once per epoch.
 
@@ -112,6 +126,11 @@ class TokenBudgetBatches(Sampler[list[int]]):
     `seed` and epoch. One that is longer than the budget is a batch of its own. With `num_ranks` > 1
     each rank gets every num_ranks-th batch and the first batches come again at the end, so that all
     ranks take the same number of steps.
+
+    With `weights` an epoch draws as many examples as there are, each in proportion to its weight,
+    so that some come several times. `suffices` says of the examples of a batch whether a loss can
+    be computed of them; batches are joined until it can, above any other bound, and what is left
+    at the end joins the last one.
     """
 
     def __init__(
@@ -124,6 +143,8 @@ class TokenBudgetBatches(Sampler[list[int]]):
         seed: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
+        weights: Sequence[float] | None = None,
+        suffices: Callable[[list[int]], bool] | None = None,
     ) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1; got {max_tokens}")
@@ -136,18 +157,28 @@ class TokenBudgetBatches(Sampler[list[int]]):
         self._seed = seed
         self._rank = rank
         self._num_ranks = num_ranks
+        self._weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        self._suffices = suffices
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order (without shuffling all epochs are equal)."""
         order = list(range(len(self._lengths)))
         if self._shuffle:
-            generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
-            order = torch.randperm(len(order), generator=generator).tolist()
+            order = self._shuffled(torch.Generator().manual_seed((self._seed << 20) + epoch))
         batches = _fill(order, self._lengths, self._max_tokens, self._max_sequences)
+        if self._suffices is not None:
+            batches = _join(batches, self._suffices)
         missing = -len(batches) % self._num_ranks
         batches += [batches[index % len(batches)] for index in range(missing)]
         self._batches = batches[self._rank :: self._num_ranks]
+
+    def _shuffled(self, generator: torch.Generator) -> list[int]:
+        count = len(self._lengths)
+        if self._weights is None:
+            return torch.randperm(count, generator=generator).tolist()
+        drawn = torch.multinomial(self._weights, count, replacement=True, generator=generator)
+        return drawn.tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self._batches)
@@ -168,3 +199,15 @@ def _fill(
         batches[-1].append(index)
         room -= lengths[index]
     return batches
+
+
+def _join(batches: list[list[int]], suffices: Callable[[list[int]], bool]) -> list[list[int]]:
+    joined: list[list[int]] = [[]]
+    for batch in batches:
+        if suffices(joined[-1]):
+            joined.append([])
+        joined[-1] += batch
+    if len(joined) > 1 and not suffices(joined[-1]):
+        rest = joined.pop()
+        joined[-1] += rest
+    return joined

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Never, TypeVar, cast
+from typing import Any, Literal, Never, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -26,16 +27,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pipelines.shared.batch import Example, Examples, TokenBudgetBatches, pack
+from pipelines.shared.batch import (
+    Example,
+    Examples,
+    PackedBatch,
+    Target,
+    TokenBudgetBatches,
+    pack_within,
+)
 from pipelines.shared.errors import InputError
+from pipelines.shared.objective import Objective
 from pipelines.shared.optim import OptimSettings
-from pipelines.shared.task import ClassificationTask
+from pipelines.shared.preemption import Preemption
+from pipelines.shared.task import SequenceTask
 from sparse_core.ops import engines_used
 
 SAVE_SECONDS = 10.0  # at least this long between two states on disk
 
 Network = TypeVar("Network", bound=nn.Module)
-Select = Literal["loss", "auroc", "last"]
+Select = Literal["loss", "last", "auroc", "r2", "c_index"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,8 @@ class FitSettings:
     alone. With `steps` the number of epochs follows: as many whole ones as hold at least so many
     steps.
     `select` chooses the weights that are kept: the epoch with the lowest validation loss, with the
-    highest validation AUROC, or the last. `patience` stops after so many epochs without a better
+    highest validation score of the objective by its name (auroc, r2, c_index), or the last.
+    `patience` stops after so many epochs without a better
     one. `save_last` keeps the state in `last.ckpt`, from which the same run goes on.
     """
 
@@ -76,8 +87,9 @@ class FitSettings:
                 raise InputError(f"{key} must be at least 1; got {value}")
         if self.num_workers < 0:
             raise InputError(f"num_workers must not be negative; got {self.num_workers}")
-        if self.select not in ("loss", "auroc", "last"):
-            raise InputError(f"callbacks.select must be loss, auroc or last; got {self.select!r}")
+        if self.select not in get_args(Select):
+            choices = ", ".join(get_args(Select))
+            raise InputError(f"callbacks.select must be one of {choices}; got {self.select!r}")
         if self.logger not in LOGGERS:
             raise InputError(f"logger must be one of {', '.join(LOGGERS)}; got {self.logger!r}")
 
@@ -114,31 +126,39 @@ def fit(
     train: Examples,
     val: Examples,
     *,
+    objective: Objective,
     out: Path,
     settings: FitSettings,
     name: str = "model",
-    class_weights: Sequence[float] | None = None,
+    sample_weights: Sequence[float] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> tuple[Network, FitReport]:
-    """Train a network in place and return it with its best weights.
+    """Train a network in place on an objective and return it with its best weights.
 
     `out` is this network's own folder: training goes on from a `last.ckpt` in it, with the numbers
-    of an uninterrupted run. `name` stands before the progress lines, `callbacks` look on. On
+    of an uninterrupted run. `name` stands before the progress lines, `callbacks` look on.
+    `sample_weights`, one per training example, make an epoch a draw in their proportion. On
     several devices all processes run the same program; each validates on all of `val`, so that
-    they agree.
+    they agree. Raises `Preempted` after SIGUSR1, its state saved.
     """
     require_device(settings)
+    if settings.select not in ("loss", "last", objective.score):
+        raise InputError(
+            f"callbacks.select={settings.select}: this task's score is {objective.score}; use it, "
+            "loss or last"
+        )
     seed_everything(settings.seed)
-    data = _Batches(train, val, settings)
+    data = _Batches(train, val, settings, objective, sample_weights)
     epochs = data.count_epochs()
     selection = Selection(settings, out / "last.ckpt")
-    task = ClassificationTask(
+    task = SequenceTask(
         network,
+        objective,
         optim=settings.optim,
         count_steps=data.count_steps,
         seed=settings.seed,
-        class_weights=class_weights,
     )
+    preemption = Preemption()
     with _quiet_lightning():
         trainer = Trainer(
             accelerator=settings.accelerator,
@@ -149,7 +169,12 @@ def fit(
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.gradient_clip,
             logger=build_logger(settings.logger, out),
-            callbacks=[selection, Progress(name, epochs, shown=settings.progress), *callbacks],
+            callbacks=[
+                preemption,
+                selection,
+                Progress(name, epochs, shown=settings.progress),
+                *callbacks,
+            ],
             default_root_dir=out,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -158,7 +183,8 @@ def fit(
             use_distributed_sampler=False,
             reload_dataloaders_every_n_epochs=1,
         )
-        _run(trainer, task, data, selection.path)
+        with preemption.listening():
+            _run(trainer, task, data, selection.path)
         _close_logger(settings.logger)
     network.load_state_dict(selection.weights)
     return network, selection.report(trainer.global_step)
@@ -217,7 +243,7 @@ class Selection(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the epoch with the best one; save the state when it is due."""
-        task = cast(ClassificationTask, pl_module)
+        task = cast(SequenceTask, pl_module)
         self._epochs += 1
         self._seconds += task.scores["seconds"]
         if not self.weights or self._is_better(task.scores):
@@ -266,12 +292,17 @@ class Selection(Checkpoint):
         return dict(self._served_before + Counter(engines_used()) - self._served)
 
     def _is_better(self, scores: Mapping[str, float]) -> bool:
-        if self._settings.select == "loss":
+        select = self._settings.select
+        if select == "last":
+            return True
+        if select == "loss":
             return scores["val_loss"] < self._scores["val_loss"]
-        if self._settings.select == "auroc":
-            # a validation set of one class has no AUROC; equal AUROCs are told apart by the loss
-            return _auroc_then_loss(scores) > _auroc_then_loss(self._scores)
-        return True
+
+        def rank(of: Mapping[str, float]) -> tuple[float, float]:
+            # a validation set of one class has no AUROC; equal scores are told apart by the loss
+            return of.get(f"val_{select}", -math.inf), -of["val_loss"]
+
+        return rank(scores) > rank(self._scores)
 
     def _stop_early(self, trainer: Trainer) -> None:
         patience = self._settings.patience
@@ -313,11 +344,11 @@ class Progress(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the epoch before this one, whose scores are complete now."""
-        self._report(trainer.current_epoch, cast(ClassificationTask, pl_module).scores)
+        self._report(trainer.current_epoch, cast(SequenceTask, pl_module).scores)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the last epoch and close the bar."""
-        scores = cast(ClassificationTask, pl_module).scores
+        scores = cast(SequenceTask, pl_module).scores
         self._report(trainer.current_epoch, scores, last=True)
         if self._bar is not None:
             self._bar.close()
@@ -346,7 +377,13 @@ LOGGERS: dict[str, tuple[str | None, str | None]] = {
     "mlflow": ("mlflow", "mlflow"),
 }
 
-_SHOWN = {"train_loss": "train loss", "val_loss": "val loss", "val_auroc": "val AUROC"}
+_SHOWN = {
+    "train_loss": "train loss",
+    "val_loss": "val loss",
+    "val_auroc": "val AUROC",
+    "val_r2": "val R2",
+    "val_c_index": "val c-index",
+}
 
 # not the user's to mend: batches are made in this process on purpose, the device was chosen, and
 # Lightning itself makes LeafSpecs
@@ -360,7 +397,14 @@ _HINTS = (
 class _Batches(LightningDataModule):
     """Make the loaders anew for each epoch: shuffled packing changes the number of batches."""
 
-    def __init__(self, train: Examples, val: Examples, settings: FitSettings) -> None:
+    def __init__(
+        self,
+        train: Examples,
+        val: Examples,
+        settings: FitSettings,
+        objective: Objective,
+        sample_weights: Sequence[float] | None,
+    ) -> None:
         super().__init__()
         for examples, split in ((train, "training"), (val, "validation")):
             if len(examples) == 0:
@@ -368,6 +412,12 @@ class _Batches(LightningDataModule):
         self._train = train
         self._val = val
         self._settings = settings
+        self._objective = objective
+        self._sample_weights = sample_weights
+        # of objectives whose loss needs several sequences: the data know their targets unread
+        self._targets: Sequence[Target] | None = (
+            cast(Any, train).targets if objective.joint else None
+        )
 
     def train_dataloader(self) -> DataLoader[Example]:
         assert self.trainer is not None, "the data module is attached to a trainer"
@@ -406,23 +456,28 @@ class _Batches(LightningDataModule):
             seed=self._settings.seed,
             rank=self.trainer.global_rank if self.trainer else 0,
             num_ranks=self.trainer.world_size if self.trainer else 1,
+            weights=self._sample_weights,
+            suffices=None if self._targets is None else self._suffices,
         )
         sampler.set_epoch(epoch)
         return sampler
+
+    def _suffices(self, indices: list[int]) -> bool:
+        assert self._targets is not None, "asked of an objective that needs several examples"
+        return self._objective.suffices([self._targets[index] for index in indices])
+
+    def _collate(self, examples: list[Example]) -> tuple[PackedBatch, ...]:
+        return pack_within(examples, self._settings.max_tokens)
 
     def _loader(self, examples: Examples, sampler: TokenBudgetBatches) -> DataLoader[Example]:
         return DataLoader(
             cast(Any, examples),
             batch_sampler=sampler,
-            collate_fn=cast(Any, pack),
+            collate_fn=cast(Any, self._collate),
             num_workers=self._settings.num_workers,
             # its own: the loader's draws must not move the stream that dropout draws from
             generator=torch.Generator().manual_seed(self._settings.seed),
         )
-
-
-def _auroc_then_loss(scores: Mapping[str, float]) -> tuple[float, float]:
-    return scores.get("val_auroc", 0.0), -scores["val_loss"]
 
 
 def _build_foreign_logger(name: str, out: Path) -> Logger:
@@ -444,7 +499,7 @@ def _close_logger(name: str) -> None:
         importlib.import_module("wandb").finish()
 
 
-def _run(trainer: Trainer, task: ClassificationTask, data: _Batches, state: Path) -> None:
+def _run(trainer: Trainer, task: SequenceTask, data: _Batches, state: Path) -> None:
     """Fit, from the saved state where there is one; an interruption stays a KeyboardInterrupt."""
     if state.exists() and not zipfile.is_zipfile(state):
         raise InputError(f"{state} is damaged; delete it to train this network anew")

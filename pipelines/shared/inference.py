@@ -12,13 +12,19 @@ from pipelines.shared.batch import Examples, TokenBudgetBatches, pack
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """What a network says of one example: float32 on the CPU."""
+    """What a network says of one example: float32 on the CPU.
+
+    `embedding` is the sequence's vector that the head reads, `contributions` what each token adds
+    to each number (`NetworkOutput`), where they were asked for.
+    """
 
     id: str
     record: int
     logits: Float[Tensor, " C"]
     probabilities: Float[Tensor, " C"]
     attention: Float[Tensor, " T"]
+    embedding: Float[Tensor, " F"] | None = None
+    contributions: Float[Tensor, "T C"] | None = None
 
 
 def predict(
@@ -27,20 +33,30 @@ def predict(
     *,
     max_tokens: int,
     device: torch.device | str = "cpu",
+    explain: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[Prediction]:
     """Yield a prediction for each example, in their order, reading one batch at a time.
 
     The network is moved to `device` and set to evaluation. Packed sequences do not see each other,
-    so a result depends on its batch by rounding noise alone.
+    so a result depends on its batch by rounding noise alone. `explain` adds embeddings and
+    contributions; `autocast` computes products in a lower precision, such as torch.bfloat16.
     """
     network.to(device).eval()
+    kind = torch.device(device).type
     for indices in TokenBudgetBatches(examples.lengths, max_tokens):
         members = [examples[index] for index in indices]
         batch = pack(members)
-        with torch.inference_mode():
-            output = network(batch.to(device))
+        with torch.inference_mode(), torch.autocast(kind, autocast, enabled=autocast is not None):
+            given = batch.to(device)
+            output = network(given, explain=True) if explain else network(given)
         logits = output.logits.float().cpu()
-        parts = output.attention.float().cpu().split(batch.lengths.tolist())
+        lengths = batch.lengths.tolist()
+        parts = output.attention.float().cpu().split(lengths)
+        embeddings = output.embedding.float().cpu() if explain else [None] * len(members)
+        added = [None] * len(members)
+        if explain:
+            added = output.contributions.float().cpu().split(lengths)
         for row, (example, attention) in enumerate(zip(members, parts, strict=True)):
             yield Prediction(
                 id=example.id,
@@ -48,4 +64,6 @@ def predict(
                 logits=logits[row],
                 probabilities=logits[row].softmax(dim=0),
                 attention=attention,
+                embedding=embeddings[row],
+                contributions=added[row],
             )

@@ -23,14 +23,23 @@ POOLINGS = ("attention", "mean", "max")
 
 @dataclass(frozen=True, slots=True)
 class NetworkOutput:
-    """Class scores of each sequence, and how much each input token counted (sums to 1 in each)."""
+    """Numbers of each sequence, and how much each input token counted.
+
+    `logits` are a number per class, or what else the objective asks for; `attention` sums to 1 in
+    each sequence. `embedding` is what the head reads. `contributions`, if asked for, is what each
+    input token adds to each number through the pooling: over a sequence they sum to the logits less
+    what the registers and the head's bias add. `auxiliary` is a loss that the network adds itself.
+    """
 
     logits: Float[Tensor, "S C"]
     attention: Float[Tensor, " T"]
+    embedding: Float[Tensor, "S F"]
+    contributions: Float[Tensor, "T C"] | None = None
+    auxiliary: Float[Tensor, ""] | None = None
 
 
 class SequenceClassifier(nn.Module):
-    """Classify packed sequences.
+    """Give numbers to packed sequences: a class each, or whatever an objective asks for.
 
     The stem turns inputs into tokens. Registers (Darcet et al. 2024) go in front of each sequence:
     as many as the pattern's `GlobalTokens(first=...)` asks for, at coordinate 0. After the encoder
@@ -42,6 +51,8 @@ class SequenceClassifier(nn.Module):
     the mean of the registers, side by side. `head_norm` is "layer" or "batch"; the latter takes
     away what the pooled vectors of all sequences have in common (`SequenceNorm`), which in long
     sequences is nearly all of them. A stem with a `stride` makes one token of so many inputs.
+    `num_classes` numbers come out. `rotary_axes` of the leading coordinates turn channels (all, if
+    not given); further ones are for patterns alone.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class SequenceClassifier(nn.Module):
         pooling: str = "attention",
         head_norm: HeadNorm = "layer",
         rotary_base: float = 10_000.0,
+        rotary_axes: int | None = None,
         checkpointing: bool = False,
         backend: Backend = "auto",
     ) -> None:
@@ -77,6 +89,7 @@ class SequenceClassifier(nn.Module):
             mlp_ratio=mlp_ratio,
             dropout=dropout,
             rotary_base=rotary_base,
+            rotary_axes=rotary_axes,
             checkpointing=checkpointing,
             backend=backend,
         )
@@ -89,8 +102,13 @@ class SequenceClassifier(nn.Module):
             build_head_norm(width, head_norm), nn.Dropout(dropout), nn.Linear(width, num_classes)
         )
 
-    def forward(self, batch: PackedBatch) -> NetworkOutput:
-        """Score every sequence of the batch."""
+    def forward(self, batch: PackedBatch, *, explain: bool = False) -> NetworkOutput:
+        """Score every sequence of the batch; `explain` adds the tokens' contributions.
+
+        A token's contribution to a number is its attention times what the head makes of the token
+        as it leaves the encoder, with the head's norm held at the scale that it has for the whole
+        sequence. So contributions add up.
+        """
         x = self.stem(batch.inputs, batch.lengths)
         tokens = self._tokens(batch)
         lengths = tokens.lengths.to(x.device)
@@ -101,7 +119,14 @@ class SequenceClassifier(nn.Module):
         if self.num_registers:
             registers = encoded[self._register_places(lengths)].mean(1)
             pooled = torch.cat([pooled, registers], 1) if self.apart else pooled + registers
-        return NetworkOutput(self.head(pooled), self._by_input(attention, batch))
+        contributions = None
+        if explain:
+            shares = self.pool.shares(encoded[place], segment, lengths.numel())
+            weights = linear_head(self.head, pooled)[..., : shares.shape[1]]
+            contributions = self._by_input(contribute(shares, weights, tokens.lengths), batch)
+        return NetworkOutput(
+            self.head(pooled), self._by_input(attention, batch), pooled, contributions
+        )
 
     def build_layouts(self, batch: PackedBatch) -> tuple[BlockLayout, ...]:
         """Build the layouts of a batch, registers included; none if no layer attends."""
@@ -129,13 +154,16 @@ class SequenceClassifier(nn.Module):
         first = (share.cumsum(0) - share).to(batch.coords.device)
         return replace(batch, coords=batch.coords[first], lengths=-(-batch.lengths // stride))
 
-    def _by_input(self, attention: Float[Tensor, " N"], batch: PackedBatch) -> Float[Tensor, " T"]:
-        """Share each token's attention evenly among its inputs."""
+    def _by_input(
+        self, values: Float[Tensor, "N ..."], batch: PackedBatch
+    ) -> Float[Tensor, "T ..."]:
+        """Share each token's value evenly among its inputs."""
         stride = self._stride
         if stride == 1:
-            return attention
+            return values
         owner, share = token_of_input(batch.lengths, stride)
-        return (attention / share.to(attention))[owner.to(attention.device)]
+        each = share.to(values).reshape(-1, *[1] * (values.ndim - 1))
+        return (values / each)[owner.to(values.device)]
 
     @property
     def _stride(self) -> int:
@@ -196,23 +224,28 @@ class SequencePooling(nn.Module):
         """Pool the tokens of each sequence; sums over them are never in half precision."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.kind == "max":
-            return self._largest(x, segment, num_sequences)
-        scores = x.new_zeros(x.shape[0])
-        if self.kind == "attention":
-            scores = self.score(self.content(x).tanh() * self.gate(x).sigmoid())[:, 0].to(x.dtype)
-        weights = segment_softmax(scores, segment, num_sequences)
+            pooled = segment_max(x, segment, num_sequences)
+            return pooled, _given(x, pooled, segment).mean(1)
+        weights = self._weights(x, segment, num_sequences)
         pooled = x.new_zeros(num_sequences, x.shape[1])
         return pooled.index_add(0, segment, weights[:, None] * x), weights
 
-    def _largest(
+    def shares(
         self, x: Float[Tensor, "T E"], segment: Int64[Tensor, " T"], num_sequences: int
-    ) -> tuple[Float[Tensor, "S E"], Float[Tensor, " T"]]:
-        index = segment[:, None].expand_as(x)
-        pooled = x.new_zeros(num_sequences, x.shape[1])
-        pooled = pooled.scatter_reduce(0, index, x, "amax", include_self=False)
-        given = (x == pooled[segment]).to(x.dtype)
-        count = torch.zeros_like(pooled).index_add(0, segment, given)
-        return pooled, (given / count[segment]).mean(1)
+    ) -> Float[Tensor, "T E"]:
+        """What each token gives to the pooled vector; a sequence's shares sum to it."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.kind == "max":
+            return x * _given(x, segment_max(x, segment, num_sequences), segment)
+        return x * self._weights(x, segment, num_sequences)[:, None]
+
+    def _weights(
+        self, x: Float[Tensor, "T E"], segment: Int64[Tensor, " T"], num_sequences: int
+    ) -> Float[Tensor, " T"]:
+        scores = x.new_zeros(x.shape[0])
+        if self.kind == "attention":
+            scores = self.score(self.content(x).tanh() * self.gate(x).sigmoid())[:, 0].to(x.dtype)
+        return segment_softmax(scores, segment, num_sequences)
 
 
 class SeveralPoolings(nn.ModuleList):
@@ -227,6 +260,16 @@ class SeveralPoolings(nn.ModuleList):
         """Pool the tokens of each sequence."""
         vectors, weights = zip(*(pool(x, segment, num_sequences) for pool in self), strict=True)
         return torch.cat(vectors, 1), torch.stack(weights).mean(0)
+
+    def shares(
+        self, x: Float[Tensor, "T E"], segment: Int64[Tensor, " T"], num_sequences: int
+    ) -> Float[Tensor, "T F"]:
+        """What each token gives to the pooled vectors, side by side."""
+        parts = []
+        for pool in self:
+            assert isinstance(pool, SequencePooling), "built so"
+            parts.append(pool.shares(x, segment, num_sequences))
+        return torch.cat(parts, 1)
 
 
 def build_pooling(dim: int, pooling: str) -> SequencePooling | SeveralPoolings:
@@ -325,6 +368,51 @@ def build_head_norm(dim: int, kind: str) -> nn.Module:
     return nn.LayerNorm(dim) if kind == "layer" else SequenceNorm(dim)
 
 
+def linear_head(head: nn.Sequential, pooled: Float[Tensor, "S F"]) -> Float[Tensor, "S C F"]:
+    """Weights of each pooled channel in each number, the norm's scale held as it is.
+
+    For LayerNorm that is W diag(gain) (I - 1/F) / deviation, of which only the deviation depends on
+    the sequence; SequenceNorm in evaluation is linear as it stands.
+    """
+    norm, last = head[0], head[-1]
+    assert isinstance(last, nn.Linear), "a head ends in a linear layer"
+    if isinstance(norm, SequenceNorm):
+        gain = norm.weight * (norm.variance + norm.eps).rsqrt()
+        return (last.weight * gain).expand(len(pooled), -1, -1)
+    if isinstance(norm, nn.LayerNorm):
+        deviation = (pooled.var(1, correction=0) + norm.eps).sqrt()
+        weights = last.weight * norm.weight
+        return (weights - weights.mean(1, keepdim=True)) / deviation[:, None, None]
+    return last.weight.expand(len(pooled), -1, -1)
+
+
+def contribute(
+    shares: Float[Tensor, "T F"], weights: Float[Tensor, "S C F"], lengths: Int64[Tensor, " S"]
+) -> Float[Tensor, "T C"]:
+    """What each token adds to each number: its share of the pooled vector, through the head."""
+    parts = shares.split(lengths.tolist())
+    each = [part @ weight.to(part.dtype).T for part, weight in zip(parts, weights, strict=True)]
+    return torch.cat(each)
+
+
+def segment_max(
+    x: Float[Tensor, "T E"], segment: Int64[Tensor, " T"], num_sequences: int
+) -> Float[Tensor, "S E"]:
+    """Largest value of each channel in each sequence."""
+    largest = x.new_zeros(num_sequences, x.shape[1])
+    index = segment[:, None].expand_as(x)
+    return largest.scatter_reduce(0, index, x, "amax", include_self=False)
+
+
+def _given(
+    x: Float[Tensor, "T E"], largest: Float[Tensor, "S E"], segment: Int64[Tensor, " T"]
+) -> Float[Tensor, "T E"]:
+    """Share that each token has in each channel's largest value; equal ones share it."""
+    given = (x == largest[segment]).to(x.dtype)
+    count = torch.zeros_like(largest).index_add(0, segment, given)
+    return given / count[segment]
+
+
 def segment_softmax(
     scores: Float[Tensor, " T"], segment: Int64[Tensor, " T"], num_sequences: int
 ) -> Float[Tensor, " T"]:
@@ -337,16 +425,21 @@ def segment_softmax(
 
 
 class FeatureStem(nn.Module):
-    """Standardise features by the training set's mean and spread, and project them."""
+    """Standardise features by the training set's mean and spread, and project them.
+
+    `project` takes F features to E channels; by default two layers.
+    """
 
     mean: Float[Tensor, " F"]
     spread: Float[Tensor, " F"]
 
-    def __init__(self, num_features: int, dim: int) -> None:
+    def __init__(self, num_features: int, dim: int, project: nn.Module | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("spread", torch.ones(num_features))
-        self.project = nn.Sequential(nn.Linear(num_features, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.project = project or nn.Sequential(
+            nn.Linear(num_features, dim), nn.GELU(), nn.Linear(dim, dim)
+        )
 
     def standardise(self, features: Float[Tensor, "N F"]) -> None:
         """Take mean and spread from these features; constant ones keep their scale."""
@@ -359,7 +452,8 @@ class FeatureStem(nn.Module):
     ) -> Float[Tensor, "T E"]:
         """Turn features into tokens."""
         x = (inputs.to(self.mean.dtype) - self.mean) / self.spread
-        return self.project(x.clamp(-8.0, 8.0))
+        tokens: Tensor = self.project(x.clamp(-8.0, 8.0))
+        return tokens
 
 
 class ConvolutionStem(nn.Module):

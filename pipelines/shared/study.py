@@ -14,11 +14,12 @@ from torch import nn
 
 from pipelines.shared.batch import Examples
 from pipelines.shared.errors import InputError
+from pipelines.shared.evaluation import evaluate
 from pipelines.shared.fit import FitReport, FitSettings, fit, seed_everything
 from pipelines.shared.inference import Prediction, predict
-from pipelines.shared.metrics import Score, evaluate
+from pipelines.shared.metrics import Score
+from pipelines.shared.objective import Classification, Objective, balanced_weights
 from pipelines.shared.record import RunState, open_run
-from pipelines.shared.task import balanced_weights
 from sparse_core.ops import engines_used
 
 DECIMALS = 6
@@ -118,28 +119,72 @@ def run_contender(
     `collect` turns the predictions of test examples into one row per test item. On the CPU they
     are computed in float64, so that items which the network cannot tell apart tie exactly.
     """
+    num_classes = max(test.targets, default=1) + 1 if class_weights is None else len(class_weights)
+    classes = tuple(map(str, range(num_classes)))
+    weights = None if class_weights is None else tuple(class_weights)
+    trained = train_contender(
+        name, contender, out=out, settings=settings, objective=Classification(classes, weights)
+    )
+    predictions = trained.predictions["test"]
+    probabilities = collect(predictions)
+    return Result(
+        trained.network,
+        trained.report,
+        predictions,
+        probabilities,
+        test.score(probabilities),
+        trained.engine_calls,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained contender, what it says of validation and test examples, and who served it."""
+
+    network: nn.Module
+    report: FitReport
+    predictions: dict[str, list[Prediction]]
+    engine_calls: Counter[str]
+
+
+def train_contender(
+    name: str,
+    contender: Contender,
+    *,
+    out: Path,
+    settings: FitSettings,
+    objective: Objective,
+    sample_weights: Sequence[float] | None = None,
+    splits: Sequence[str] = ("test",),
+) -> Trained:
+    """Train one contender in `out/models/NAME`, select its epoch on validation, and predict.
+
+    On the CPU predictions are computed in float64, so that items which the network cannot tell
+    apart tie exactly.
+    """
     seed_everything(settings.seed)
     network, report = fit(
         contender.build(),
         contender.train,
         contender.val,
+        objective=objective,
         out=out / "models" / name,
         settings=settings,
         name=name,
-        class_weights=class_weights,
+        sample_weights=sample_weights,
     )
     device = "cuda" if settings.accelerator in ("gpu", "cuda") else "cpu"
     if device == "cpu":
         network.double()
     served = Counter(engines_used())
-    predictions = list(
-        predict(network, contender.test, max_tokens=settings.max_tokens, device=device)
-    )
+    given = {"train": contender.train, "val": contender.val, "test": contender.test}
+    predictions = {
+        split: list(predict(network, given[split], max_tokens=settings.max_tokens, device=device))
+        for split in splits
+    }
     network.float()
-    probabilities = collect(predictions)
-    scores = test.score(probabilities)
     calls = Counter(report.engine_calls) + (Counter(engines_used()) - served)
-    return Result(network, report, predictions, probabilities, scores, calls)
+    return Trained(network, report, predictions, calls)
 
 
 def probability_table(

@@ -1,50 +1,51 @@
-"""Classification of sequences as a Lightning module."""
+"""Training of a network on an objective as a Lightning module."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
-from jaxtyping import Float, Int64
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from pipelines.shared.batch import PackedBatch
-from pipelines.shared.metrics import auroc
+from pipelines.shared.objective import Objective, concatenate
 from pipelines.shared.optim import OptimSettings, build_optimizer
 
-
-def balanced_weights(targets: Sequence[int], *, num_classes: int) -> list[float]:
-    """Return a weight per class, inverse to its frequency, with mean 1 over the examples."""
-    counts = Counter(targets)
-    return [len(targets) / (num_classes * max(1, counts[label])) for label in range(num_classes)]
+Packs = Sequence[PackedBatch]
+"""One training batch: more than one pack where a loss needs more sequences than a pack holds."""
 
 
-class ClassificationTask(LightningModule):
-    """Train a network on the cross-entropy of packed sequences.
+class SequenceTask(LightningModule):
+    """Train a network on an objective over packed sequences.
 
-    Scores are computed once per epoch, into `scores` (`train_loss`, `val_loss`, `val_auroc`, `lr`);
-    nothing is logged per step.
+    A batch of several packs has one loss over all their sequences. Each pack then is computed
+    twice, without and with its graph, so that memory holds one pack's activations and gradients
+    are those of the joint loss, dropout included (gradient caching, Gao et al. 2021, done here by
+    activation checkpointing of whole packs).
+
+    A network may add a loss of its own: `auxiliary` of its output, a mean over the pack.
+    Scores are computed once per epoch, into `scores` (`train_loss`, `val_loss`, `val_` and the
+    objective's score, `lr`); nothing is logged per step.
     """
 
     def __init__(
         self,
         network: nn.Module,
+        objective: Objective,
         *,
         optim: OptimSettings,
         count_steps: Callable[[], int],
         seed: int,
-        class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
+        self.objective = objective
         self.scores: dict[str, float] = {}
         self._optim = optim
         self._count_steps = count_steps
         self._seed = seed
-        weights = None if class_weights is None else torch.tensor(class_weights)
-        self.register_buffer("class_weights", weights, persistent=False)
         self._train_losses: list[tuple[Tensor, int]] = []
         self._outputs: list[tuple[Tensor, Tensor]] = []
         self._started = 0.0
@@ -65,20 +66,25 @@ class ClassificationTask(LightningModule):
         self._train_losses.clear()
         self._started = time.perf_counter()
 
-    def training_step(self, batch: PackedBatch, _: int) -> Tensor:
-        """Return the mean loss over the batch's sequences."""
-        logits, targets = self._forward(batch)
-        loss = self._loss(logits, targets)
+    def training_step(self, packs: Packs, batch_idx: int) -> Tensor:
+        """Return the loss over the sequences of all packs."""
+        results = [self._forward(pack, again=len(packs) > 1) for pack in packs]
+        targets = concatenate([_targets(pack) for pack in packs])
+        loss = self.objective.loss(concatenate([outputs for outputs, _ in results]), targets)
         self._train_losses.append((loss.detach(), len(targets)))
+        for pack, (_, auxiliary) in zip(packs, results, strict=True):
+            if auxiliary is not None:
+                loss = loss + auxiliary * (len(pack.ids) / len(targets))
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Forget the outputs of the epoch before."""
         self._outputs.clear()
 
-    def validation_step(self, batch: PackedBatch, _: int) -> None:
-        """Keep logits and targets for the epoch's scores."""
-        self._outputs.append(self._forward(batch))
+    def validation_step(self, packs: Packs, batch_idx: int) -> None:
+        """Keep outputs and targets for the epoch's scores."""
+        for pack in packs:
+            self._outputs.append((self._forward(pack, again=False)[0], _targets(pack)))
 
     def on_train_epoch_end(self) -> None:
         """Compute the epoch's scores and hand them to the logger."""
@@ -93,18 +99,27 @@ class ClassificationTask(LightningModule):
         self.log_dict(self.scores, sync_dist=True)
 
     def _validation_scores(self) -> dict[str, float]:
-        logits = torch.cat([logits for logits, _ in self._outputs])
+        outputs = torch.cat([outputs for outputs, _ in self._outputs])
         targets = torch.cat([targets for _, targets in self._outputs])
-        scores = {"val_loss": float(self._loss(logits, targets))}
-        area = auroc(targets.cpu().numpy(), logits.cpu().numpy())
-        if area is not None:
-            scores["val_auroc"] = area
+        scores = {"val_loss": float(self.objective.loss(outputs, targets))}
+        found = self.objective.evaluate(outputs.double().cpu().numpy(), targets.cpu().numpy())
+        if found is not None:
+            scores[f"val_{self.objective.score}"] = found
         return scores
 
-    def _forward(self, batch: PackedBatch) -> tuple[Float[Tensor, "S C"], Int64[Tensor, " S"]]:
-        if batch.targets is None:
-            raise ValueError(f"training needs targets; {batch.ids[0]!r} has none")
-        return self.network(batch).logits.float(), batch.targets
+    def _forward(self, pack: PackedBatch, *, again: bool) -> tuple[Tensor, Tensor | None]:
+        """Return outputs and the network's own loss; `again` recomputes them in backward."""
+        if not again:
+            return self._compute(pack)
+        found = checkpoint(self._compute, pack, use_reentrant=False)
+        return cast(tuple[Tensor, Tensor | None], found)
 
-    def _loss(self, logits: Float[Tensor, "S C"], targets: Int64[Tensor, " S"]) -> Tensor:
-        return cross_entropy(logits, targets, weight=self.class_weights)
+    def _compute(self, pack: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        output = self.network(pack)
+        return output.logits.float(), getattr(output, "auxiliary", None)
+
+
+def _targets(pack: PackedBatch) -> Tensor:
+    if pack.targets is None:
+        raise ValueError(f"training needs targets; {pack.ids[0]!r} has none")
+    return pack.targets

@@ -15,6 +15,7 @@ from pipelines.pathology.store import read_slide, slide_folder
 from pipelines.shared.batch import Example, ExampleList
 from pipelines.shared.cli import main
 from pipelines.shared.fit import FitSettings, fit
+from pipelines.shared.objective import Classification
 
 TINY = ["trainer=cpu", "model=tiny", "num_features=5", "steps=1", "trainer.progress=false"]
 
@@ -144,8 +145,9 @@ def test_calls_are_counted_over_all_starts_of_a_run(tmp_path: Path) -> None:
         [Example(torch.randn(30, 5), coords, i, f"b{i}", f"b{i}", i) for i in (0, 1)]
     )
     settings = FitSettings(epochs=3, max_tokens=60, progress=False)
-    _, report = fit(scale._build(config), bags, bags, out=tmp_path, settings=settings)
-    _, again = fit(scale._build(config), bags, bags, out=tmp_path, settings=settings)
+    given = {"objective": Classification(("0", "1")), "out": tmp_path, "settings": settings}
+    _, report = fit(scale._build(config), bags, bags, **given)
+    _, again = fit(scale._build(config), bags, bags, **given)
     assert report.engine_calls.keys() == {"blockwise"}
     assert report.engine_calls["blockwise"] >= 3 * 2 * 2  # epochs, batches of both sets, layers
     assert again.engine_calls == report.engine_calls

@@ -15,12 +15,13 @@ from pipelines.shared import fit as fit_module
 from pipelines.shared.batch import ExampleList, PackedBatch
 from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitReport, FitSettings, build_logger, fit
+from pipelines.shared.objective import Classification, balanced_weights
 from pipelines.shared.optim import OptimSettings
-from pipelines.shared.task import balanced_weights
 
 MakeNetwork = Callable[..., nn.Module]
 MakeExamples = Callable[..., ExampleList]
 
+CLASSES = Classification(("a", "b"))
 SETTINGS = FitSettings(epochs=4, max_tokens=60, optim=OptimSettings(lr=0.01), progress=False)
 
 
@@ -45,7 +46,12 @@ def test_training_learns_and_reports(
     train, val = make_examples(120), make_examples(60, seed=1)
 
     trained, report = fit(
-        network, train, val, out=tmp_path, settings=replace(SETTINGS, epochs=12, select="auroc")
+        network,
+        train,
+        val,
+        objective=CLASSES,
+        out=tmp_path,
+        settings=replace(SETTINGS, epochs=12, select="auroc"),
     )
 
     assert trained is network
@@ -63,6 +69,7 @@ def test_a_seed_repeats_the_weights(
             make_network(dropout=0.3),
             make_examples(30),
             make_examples(10, seed=1),
+            objective=CLASSES,
             out=tmp_path / name,
             settings=replace(SETTINGS, seed=seed, save_last=False),
         )[0]
@@ -102,6 +109,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         _Interrupting(make_network(dropout=0.3), 10**9, RuntimeError()),
         train,
         val,
+        objective=CLASSES,
         out=tmp_path / "whole",
         settings=settings,
     )
@@ -110,6 +118,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
             _Interrupting(make_network(dropout=0.3), steps, RuntimeError("power")),
             train,
             val,
+            objective=CLASSES,
             out=tmp_path / "cut",
             settings=settings,
         )
@@ -121,6 +130,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         ),
         train,
         val,
+        objective=CLASSES,
         out=tmp_path / "cut",
         settings=settings,
     )
@@ -134,12 +144,15 @@ def test_a_finished_network_is_taken_up_without_training(
     tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
 ) -> None:
     train, val = make_examples(24), make_examples(10, seed=1)
-    first, report = fit(make_network(), train, val, out=tmp_path, settings=SETTINGS)
+    first, report = fit(
+        make_network(), train, val, objective=CLASSES, out=tmp_path, settings=SETTINGS
+    )
 
     second, again = fit(
         _Interrupting(make_network(seed=3), 0, AssertionError("trains")).network,
         train,
         val,
+        objective=CLASSES,
         out=tmp_path,
         settings=SETTINGS,
     )
@@ -154,7 +167,14 @@ def test_a_keyboard_interrupt_stays_one(
     network = _Interrupting(make_network(), 1, KeyboardInterrupt())
 
     with pytest.raises(KeyboardInterrupt):
-        fit(network, make_examples(24), make_examples(4), out=tmp_path, settings=SETTINGS)
+        fit(
+            network,
+            make_examples(24),
+            make_examples(4),
+            objective=CLASSES,
+            out=tmp_path,
+            settings=SETTINGS,
+        )
 
 
 def test_a_damaged_state_is_refused(
@@ -163,7 +183,14 @@ def test_a_damaged_state_is_refused(
     (tmp_path / "last.ckpt").write_bytes(b"cut")
 
     with pytest.raises(InputError, match="delete it"):
-        fit(make_network(), make_examples(8), make_examples(4), out=tmp_path, settings=SETTINGS)
+        fit(
+            make_network(),
+            make_examples(8),
+            make_examples(4),
+            objective=CLASSES,
+            out=tmp_path,
+            settings=SETTINGS,
+        )
 
 
 def test_the_best_epoch_on_validation_is_kept(
@@ -174,7 +201,9 @@ def test_the_best_epoch_on_validation_is_kept(
     kept: dict[str, FitReport] = {}
     for select in ("loss", "last"):
         settings = replace(SETTINGS, select=select, epochs=8)  # type: ignore[arg-type]
-        _, kept[select] = fit(make_network(), train, val, out=tmp_path / select, settings=settings)
+        _, kept[select] = fit(
+            make_network(), train, val, objective=CLASSES, out=tmp_path / select, settings=settings
+        )
 
     assert kept["loss"].best_epoch < 4
     assert kept["last"].best_epoch == 7
@@ -187,8 +216,8 @@ def test_patience_ends_a_run_and_stays_ended(
     train, val = make_examples(60), make_examples(30, seed=1, shift=-0.7)
     settings = replace(SETTINGS, patience=2, epochs=50)
 
-    _, report = fit(make_network(), train, val, out=tmp_path, settings=settings)
-    _, again = fit(make_network(), train, val, out=tmp_path, settings=settings)
+    _, report = fit(make_network(), train, val, objective=CLASSES, out=tmp_path, settings=settings)
+    _, again = fit(make_network(), train, val, objective=CLASSES, out=tmp_path, settings=settings)
 
     assert report.epochs == report.best_epoch + 3 < 50
     assert again.epochs == report.epochs
@@ -200,7 +229,12 @@ def test_steps_are_filled_up_to_whole_epochs(
     settings = replace(SETTINGS, max_tokens=10, steps=50, accumulate=3)
 
     _, report = fit(
-        make_network(), make_examples(30), make_examples(4), out=tmp_path, settings=settings
+        make_network(),
+        make_examples(30),
+        make_examples(4),
+        objective=CLASSES,
+        out=tmp_path,
+        settings=settings,
     )
 
     assert 50 <= report.steps < 50 + report.steps / report.epochs + 1
@@ -218,6 +252,7 @@ def test_a_line_is_printed_per_tenth_of_the_epochs_and_nothing_else(
         make_network(),
         make_examples(8),
         make_examples(8),
+        objective=CLASSES,
         out=tmp_path,
         settings=settings,
         name="ours",
@@ -237,7 +272,14 @@ def test_lightnings_loggers_speak_again_after_a_fit(
 ) -> None:
     level = logging.getLogger("lightning.pytorch").level
 
-    fit(make_network(), make_examples(8), make_examples(8), out=tmp_path, settings=SETTINGS)
+    fit(
+        make_network(),
+        make_examples(8),
+        make_examples(8),
+        objective=CLASSES,
+        out=tmp_path,
+        settings=SETTINGS,
+    )
 
     assert logging.getLogger("lightning.pytorch").level == level
 
@@ -247,10 +289,10 @@ def test_a_second_fit_starts_at_once(
 ) -> None:
     train, val = make_examples(8), make_examples(8)
     settings = replace(SETTINGS, epochs=1)
-    fit(make_network(), train, val, out=tmp_path / "first", settings=settings)
+    fit(make_network(), train, val, objective=CLASSES, out=tmp_path / "first", settings=settings)
 
     start = time.perf_counter()
-    fit(make_network(), train, val, out=tmp_path / "second", settings=settings)
+    fit(make_network(), train, val, objective=CLASSES, out=tmp_path / "second", settings=settings)
 
     assert time.perf_counter() - start < 2
 
@@ -264,6 +306,7 @@ def test_csv_logger_writes_a_row_per_epoch(
         make_network(),
         make_examples(8),
         make_examples(8),
+        objective=CLASSES,
         out=out,
         settings=replace(SETTINGS, logger="csv"),
     )
@@ -280,6 +323,7 @@ def test_tensorboard_logger_writes_events(
         make_network(),
         make_examples(8),
         make_examples(8),
+        objective=CLASSES,
         out=tmp_path,
         settings=replace(SETTINGS, logger="tensorboard"),
     )
@@ -316,9 +360,9 @@ def test_class_weights_balance_the_classes(
         make_network(),
         make_examples(8),
         make_examples(8),
+        objective=Classification(("a", "b"), tuple(weights)),
         out=tmp_path,
         settings=SETTINGS,
-        class_weights=weights,
     )
 
     assert weights == [pytest.approx(2 / 3), 2.0]
@@ -330,7 +374,7 @@ def test_class_weights_balance_the_classes(
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"max_tokens": -1}, "max_tokens must be at least 1"),
-        ({"select": "best"}, "callbacks.select must be"),
+        ({"select": "best"}, "callbacks.select must be one"),
         ({"logger": "paper"}, "logger must be one of"),
     ],
 )
@@ -343,7 +387,14 @@ def test_an_empty_split_is_refused(
     tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
 ) -> None:
     with pytest.raises(InputError, match="no validation example"):
-        fit(make_network(), make_examples(8), ExampleList([]), out=tmp_path, settings=SETTINGS)
+        fit(
+            make_network(),
+            make_examples(8),
+            ExampleList([]),
+            objective=CLASSES,
+            out=tmp_path,
+            settings=SETTINGS,
+        )
 
 
 DISTRIBUTED = """
@@ -354,6 +405,7 @@ from pathlib import Path
 from pipelines.pathology.__main__ import VERBS
 from pipelines.shared.cli import main
 from pipelines.shared.fit import FitSettings, fit, seed_everything
+from pipelines.shared.objective import Classification
 
 spec = importlib.util.spec_from_file_location("parts", PARTS)
 parts = importlib.util.module_from_spec(spec)
@@ -366,7 +418,10 @@ def run(config):
         seed_everything(0)
         settings = replace(FitSettings.from_config(config), max_tokens=30)
         out = Path(config["out"]) / name
-        network, report = fit(parts.MeanNetwork(), train, val, out=out, settings=settings)
+        objective = Classification(("a", "b"))
+        network, report = fit(
+            parts.MeanNetwork(), train, val, objective=objective, out=out, settings=settings
+        )
         print(name, report.steps, network.head.weight.sum().item())
     return 0
 
@@ -415,4 +470,11 @@ def test_a_gpu_that_is_not_there_is_refused(
     settings = replace(SETTINGS, accelerator="gpu")
 
     with pytest.raises(InputError, match="use trainer=cpu"):
-        fit(make_network(), make_examples(8), make_examples(8), out=tmp_path, settings=settings)
+        fit(
+            make_network(),
+            make_examples(8),
+            make_examples(8),
+            objective=CLASSES,
+            out=tmp_path,
+            settings=settings,
+        )
