@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,9 +20,8 @@ ENCODERS = {
 
 _STATS_REVISION = 1
 _QUANTILES = (0.05, 0.5, 0.95)
-_SCALES = (1, 2, 4)
+_NUM_SCALES = 3  # each half the one before
 _STAIN_BINS = 256
-_GROUP = 3  # tiles at once: the scratch arrays of more are mapped anew for each group
 # Ruifrok and Johnston 2001: haematoxylin and eosin in optical density, and their residual
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 _STAIN_RANGE = (-0.3, 1.2)
@@ -94,16 +94,38 @@ class StatsEncoder:
     def __call__(self, tiles: np.ndarray) -> np.ndarray:
         """Encode uint8 RGB [n, h, w, 3], h and w at least 16, as float32 [n, dim]."""
         _check_tiles(tiles)
-        tiles = np.ascontiguousarray(tiles)
-        groups = range(0, len(tiles), _GROUP)
-        return np.concatenate([self._encode(tiles[start : start + _GROUP]) for start in groups])
-
-    def _encode(self, tiles: np.ndarray) -> np.ndarray:
-        grey = _luma(tiles)
-        blocks = _texture(grey, standardise=self.grey)
-        if not self.grey:
-            blocks = _colour(tiles) + blocks
+        # tile by tile while its pixels are at hand, then the few numbers of all tiles together
+        counts = [_count(tile, colour=not self.grey) for tile in tiles]
+        blocks = [] if self.grey else _colour(counts)
+        blocks += _texture(counts, standardise=self.grey)
         return np.stack(blocks, axis=1).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What is counted of one tile, whole numbers or ratios of two.
+
+    Histograms `channels` [3 * 256] and `stains` [2, 256], empty for grey; by scale `means` [3, 7]
+    and, but for the last, histograms `patterns` [2, 256].
+    """
+
+    channels: list[int]
+    stains: list[list[int]]
+    means: list[list[float]]
+    patterns: list[list[int]]
+
+
+def _count(tile: np.ndarray, *, colour: bool) -> _Counts:
+    image = Image.fromarray(np.ascontiguousarray(tile))
+    scales = [np.asarray(image.convert("L"))]
+    while len(scales) < _NUM_SCALES:
+        scales.append(_halve(scales[-1]))
+    return _Counts(
+        channels=image.histogram() if colour else [],
+        stains=_stain_histograms(image) if colour else [],
+        means=[_means(grey) for grey in scales],
+        patterns=[_histogram(_pattern_codes(grey)) for grey in scales[:-1]],
+    )
 
 
 def _check_tiles(tiles: np.ndarray) -> None:
@@ -113,80 +135,93 @@ def _check_tiles(tiles: np.ndarray) -> None:
         raise ValueError(f"tiles must be at least 16 px a side; got {tiles.shape}")
 
 
-def _luma(tiles: np.ndarray) -> np.ndarray:
-    """Grey values uint8 [n, h, w]."""
-    n, height, width, _ = tiles.shape
-    column = Image.fromarray(tiles.reshape(n * height, width, 3))
-    return np.asarray(column.convert("L")).reshape(n, height, width)
+def _density_tables() -> np.ndarray:
+    """What a channel's value adds to each stain's density, int32 [2, 3, 256].
+
+    Fixed point, so that no rounding depends on how a loop is vectorised.
+    """
+    unmix = np.linalg.inv(_STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True))
+    return np.rint(unmix.T[:2, :, None] * _DENSITY / _STAIN_STEP).astype(np.int32)
 
 
-def _halve(grey: np.ndarray) -> np.ndarray:
-    """Mean of 2 x 2 pixels of [n, h, w]; an odd last row or column is left out."""
-    height, width = grey.shape[1] // 2 * 2, grey.shape[2] // 2 * 2
-    wide = grey[:, :height, :width].astype(np.uint16)
-    total = wide[:, ::2, ::2] + wide[:, 1::2, ::2] + wide[:, ::2, 1::2] + wide[:, 1::2, 1::2]
-    return ((total + 2) >> 2).astype(np.uint8)
+_DENSITY = -np.log10((np.arange(256) + 1) / 256)
+_STAIN_STEP = (_STAIN_RANGE[1] - _STAIN_RANGE[0]) / _STAIN_BINS / 256
+_DENSITY_TABLES = _density_tables()
 
 
-def _halve_rgb(tiles: np.ndarray) -> np.ndarray:
-    """The same as `_halve` for [n, h, w, 3]."""
-    size = tiles.shape[2], tiles.shape[1]
-    images = [Image.frombuffer("RGB", size, t, "raw", "RGB", 0, 1).reduce(2) for t in tiles]
-    return np.stack(images)[:, : size[1] // 2, : size[0] // 2]
-
-
-def _colour(tiles: np.ndarray) -> list[np.ndarray]:
+def _colour(counts: list[_Counts]) -> list[np.ndarray]:
     """Columns [n] from histograms of R, G, B and of the two stains."""
     blocks: list[np.ndarray] = []
-    density = -np.log10((np.arange(256) + 1) / 256)
-    all_counts = _rgb_histograms(tiles)
+    channels = np.array([count.channels for count in counts]).reshape(-1, 3, 256)
     for channel in range(3):
-        counts = all_counts[:, channel]
-        blocks += _summary(counts, np.arange(256) / 255)
-        blocks += _moments(counts, density)
-    small = _halve_rgb(tiles)
-    unmix = np.linalg.inv(_STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True))
+        blocks += _summary(channels[:, channel], np.arange(256) / 255)
+        blocks += _moments(channels[:, channel], _DENSITY)
+    stains = np.array([count.stains for count in counts])
     low, high = _STAIN_RANGE
     centres = low + (np.arange(_STAIN_BINS) + 0.5) * (high - low) / _STAIN_BINS
     for stain in range(2):
-        # fixed point, so that no rounding depends on how the loop is vectorised
-        step = (high - low) / _STAIN_BINS / 256
-        tables = np.rint(density[:, None] * unmix[:, stain] / step).astype(np.int32)
-        value = sum(np.take(tables[:, c], small[..., c]) for c in range(3)) - round(low / step)
-        bins = np.clip(value >> 8, 0, _STAIN_BINS - 1).astype(np.uint8)
-        blocks += _summary(_histogram(bins), centres)
+        blocks += _summary(stains[:, stain], centres)
     return blocks
 
 
-def _texture(grey: np.ndarray, *, standardise: bool) -> list[np.ndarray]:
-    """Columns [n] of texture of uint8 [n, h, w] at three scales."""
+def _stain_histograms(image: Image.Image) -> list[list[int]]:
+    """Counts [2, bins] of haematoxylin and of eosin in means of 2 x 2 pixels."""
+    small = image.reduce(2).crop((0, 0, image.width // 2, image.height // 2))
+    channels = [np.asarray(channel) for channel in small.split()]
+    counts = []
+    for tables in _DENSITY_TABLES:
+        value = tables[0].take(channels[0])
+        value += tables[1].take(channels[1])
+        value += tables[2].take(channels[2])
+        value -= round(_STAIN_RANGE[0] / _STAIN_STEP)
+        value >>= 8
+        counts.append(_histogram(value.clip(0, _STAIN_BINS - 1, out=value).astype(np.uint8)))
+    return counts
+
+
+def _texture(counts: list[_Counts], *, standardise: bool) -> list[np.ndarray]:
+    """Columns [n] of texture at three scales."""
     blocks: list[np.ndarray] = []
-    unit = np.full(len(grey), 255.0)
-    for scale in _SCALES:
-        if scale > 1:
-            grey = _halve(grey)
-        variance = _variance(grey)
-        if standardise and scale == 1:
+    unit = np.full(len(counts), 255.0)
+    for scale in range(_NUM_SCALES):
+        means = np.array([count.means[scale] for count in counts])
+        variance = np.maximum(means[:, 1] - means[:, 0] ** 2, 0.0)
+        if standardise and scale == 0:
             unit = np.sqrt(np.where(variance > 0, variance, 1.0))
-        if scale > 1 or not standardise:  # the unit itself otherwise
+        if scale > 0 or not standardise:  # the unit itself otherwise
             blocks.append(np.sqrt(variance) / unit)
-        blocks += _energies(grey, variance, unit)
-        if scale < _SCALES[-1]:
-            blocks += _binary_patterns(grey)
+        blocks += _energies(means[:, 2:], variance, unit)
+        if scale < _NUM_SCALES - 1:
+            blocks += _pattern_shares(np.array([count.patterns[scale] for count in counts]))
     return blocks
 
 
-def _energies(grey: np.ndarray, variance: np.ndarray, unit: np.ndarray) -> list[np.ndarray]:
-    right = _distance(grey[:, :, 1:], grey[:, :, :-1])
-    down = _distance(grey[:, 1:], grey[:, :-1])
-    square = (_mean_square(right) + _mean_square(down)) / 2
+def _means(grey: np.ndarray) -> list[float]:
+    """Mean and mean square of grey values and of steps right and down; Laplacian's mean square."""
+    right = _distance(grey[:, 1:], grey[:, :-1])
+    down = _distance(grey[1:], grey[:-1])
+    pairs = [moment for values in (grey, right, down) for moment in _mean_and_square(values)]
+    return [*pairs, _laplacian_square(grey)]
+
+
+def _energies(means: np.ndarray, variance: np.ndarray, unit: np.ndarray) -> list[np.ndarray]:
+    right, right_square, down, down_square, laplacian_square = means.T
+    square = (right_square + down_square) / 2
     return [
-        (_mean(right) + _mean(down)) / 2 / unit,
+        (right + down) / 2 / unit,
         np.sqrt(square) / unit,
-        np.sqrt(_mean_square(_laplacian(grey))) / unit,
+        np.sqrt(laplacian_square) / unit,
         # correlation of neighbours, from E[(a - b)^2] = 2 var (1 - r)
         1 - np.minimum(square / 2 / np.maximum(variance, 1e-12), 2.0),
     ]
+
+
+def _halve(grey: np.ndarray) -> np.ndarray:
+    """Mean of 2 x 2 pixels of [h, w]; an odd last row or column is left out."""
+    height, width = grey.shape[0] // 2 * 2, grey.shape[1] // 2 * 2
+    rows = np.add(grey[:height:2, :width], grey[1:height:2, :width], dtype=np.uint16)
+    total = rows[:, ::2] + rows[:, 1::2]
+    return ((total + 2) >> 2).astype(np.uint8)
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -194,27 +229,35 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(a, b) - np.minimum(a, b)
 
 
-def _laplacian(grey: np.ndarray) -> np.ndarray:
-    """Sum of the four neighbours less four times the pixel, int16 [n, h - 2, w - 2]."""
+def _laplacian_square(grey: np.ndarray) -> float:
+    """Mean square of the four neighbours' sum less four times the pixel."""
     wide = grey.astype(np.int16)
-    neighbours = wide[:, 1:-1, 2:] + wide[:, 1:-1, :-2]
-    neighbours += wide[:, 2:, 1:-1]
-    neighbours += wide[:, :-2, 1:-1]
-    neighbours -= wide[:, 1:-1, 1:-1] << 2
-    return neighbours
+    value = wide[1:-1, 2:] + wide[1:-1, :-2]
+    value += wide[2:, 1:-1]
+    value += wide[:-2, 1:-1]
+    value -= wide[1:-1, 1:-1] << 2
+    return _total(np.multiply(value, value, dtype=np.int32)) / value.size
 
 
-def _binary_patterns(grey: np.ndarray) -> list[np.ndarray]:
-    """Shares of the ten uniform rotation-invariant patterns of eight neighbours."""
-    height, width = grey.shape[1:]
-    centre = grey[:, 1:-1, 1:-1]
-    code = np.zeros(centre.shape, dtype=np.uint8)
-    for dy, dx in reversed(_RING):
-        neighbour = grey[:, 1 + dy : height - 1 + dy, 1 + dx : width - 1 + dx]
-        code += code  # a shift by one bit, which NumPy does faster as a sum
-        code += (neighbour >= centre).view(np.uint8)
-    shares = _histogram(code) / (centre.shape[1] * centre.shape[2])
+def _pattern_shares(counts: np.ndarray) -> list[np.ndarray]:
+    """Shares [n] of the ten uniform rotation-invariant patterns among codes [n, 256]."""
+    shares = counts / counts.sum(axis=1, keepdims=True)
     return [_row_sum(shares[:, kind == _UNIFORM]) for kind in range(10)]
+
+
+def _pattern_codes(grey: np.ndarray) -> np.ndarray:
+    """Which of eight neighbours are no darker than a pixel, as bits: uint8 [h - 2, w - 2]."""
+    height, width = grey.shape
+    pixels = grey.reshape(-1)
+    # without its first and last row the image is one run of pixels: one loop each, not one per row
+    inner = slice(width + 1, height * width - width - 1)
+    code = np.zeros((height - 2) * width, dtype=np.uint8)
+    bits = code[: inner.stop - inner.start]
+    for dy, dx in reversed(_RING):
+        step = dy * width + dx
+        bits += bits  # a shift by one bit, which NumPy does faster as a sum
+        bits += (pixels[inner.start + step : inner.stop + step] >= pixels[inner]).view(np.uint8)
+    return code.reshape(height - 2, width)[:, :-2]
 
 
 def _uniform_patterns() -> np.ndarray:
@@ -228,20 +271,10 @@ def _uniform_patterns() -> np.ndarray:
 _UNIFORM = _uniform_patterns()
 
 
-def _histogram(values: np.ndarray) -> np.ndarray:
-    """Counts int64 [n, 256] of uint8 [n, h, w]."""
-    values = np.ascontiguousarray(values)
-    size = values.shape[2], values.shape[1]
+def _histogram(values: np.ndarray) -> list[int]:
+    """Counts [256] of uint8 [h, w]."""
     # Pillow counts bytes as they are; NumPy would first make eight bytes of each
-    counts = [Image.frombuffer("L", size, v, "raw", "L", 0, 1).histogram() for v in values]
-    return np.array(counts, dtype=np.int64)
-
-
-def _rgb_histograms(tiles: np.ndarray) -> np.ndarray:
-    """Counts int64 [n, 3, 256] of uint8 [n, h, w, 3]."""
-    size = tiles.shape[2], tiles.shape[1]
-    counts = [Image.frombuffer("RGB", size, t, "raw", "RGB", 0, 1).histogram() for t in tiles]
-    return np.array(counts, dtype=np.int64).reshape(len(tiles), 3, 256)
+    return Image.fromarray(np.ascontiguousarray(values)).histogram()
 
 
 def _summary(counts: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
@@ -264,19 +297,12 @@ def _row_sum(values: np.ndarray) -> np.ndarray:
     return values.cumsum(axis=1, dtype=np.float64)[:, -1]
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean [n] of uint8 [n, h, w], from whole numbers."""
-    rows = values.sum(axis=2, dtype=np.uint32)
-    return rows.sum(axis=1, dtype=np.int64) / (values.shape[1] * values.shape[2])
+def _mean_and_square(values: np.ndarray) -> tuple[float, float]:
+    """Mean and mean square of uint8 [h, w], from whole numbers."""
+    squares = np.multiply(values, values, dtype=np.uint16)
+    return _total(values) / values.size, _total(squares) / values.size
 
 
-def _mean_square(values: np.ndarray) -> np.ndarray:
-    """Mean square [n] of uint8 or of int16 below 1,024 [n, h, w], from whole numbers."""
-    kind = np.uint16 if values.dtype == np.uint8 else np.int32
-    squares = np.multiply(values, values, dtype=kind)
-    rows = squares.sum(axis=2, dtype=np.uint32)
-    return rows.sum(axis=1, dtype=np.int64) / (values.shape[1] * values.shape[2])
-
-
-def _variance(grey: np.ndarray) -> np.ndarray:
-    return np.maximum(_mean_square(grey) - _mean(grey) ** 2, 0.0)
+def _total(values: np.ndarray) -> int:
+    """Sum of whole numbers [h, w], rows first: they are short enough for 32 bits."""
+    return int(values.sum(axis=1, dtype=np.uint32).sum(dtype=np.int64))
