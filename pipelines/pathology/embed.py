@@ -29,9 +29,8 @@ from pipelines.pathology.slides import SlideError, SlideFile, open_slide
 from pipelines.pathology.store import write_index
 from pipelines.pathology.tiling import TilePlan, grid_size, make_plan
 from pipelines.shared.errors import InputError
-from pipelines.shared.metrics import align
 from pipelines.shared.record import finish_run, open_run
-from pipelines.shared.tables import read_table, write_failures, write_table
+from pipelines.shared.tables import align, read_table, write_failures, write_table
 
 # what may change between two runs in one folder: thresholds choose among what is embedded
 VOLATILE = (

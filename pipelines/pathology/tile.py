@@ -42,9 +42,8 @@ from pipelines.pathology.tiling import (
 )
 from pipelines.pathology.tissue import TissueModel, find_tissue
 from pipelines.shared.errors import InputError
-from pipelines.shared.metrics import align
 from pipelines.shared.record import finish_run, open_run
-from pipelines.shared.tables import Failure, write_failures, write_table
+from pipelines.shared.tables import Failure, align, write_failures, write_table
 
 # what may change between two runs in one folder: thresholds choose among what was surveyed
 VOLATILE = (

@@ -29,7 +29,7 @@ Config = dict[str, Any]
 TEXT_KEYS = ("pattern.expression",)
 
 # what stands in a table may hold any sign, and rows are chosen by any column's name
-TABLE_SECTIONS = ("columns", "where")
+TABLE_SECTIONS = ("columns", "where", "external")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +143,10 @@ def _to_hydra(key: str, value: str, groups: Mapping[str, Group]) -> str:
 
 
 def _quote_table_text(key: str, value: str) -> str:
-    """Quote what stands in a table; `where` takes keys that the configuration does not have."""
+    """Quote what stands in a table; of its columns the configuration knows those of `columns`."""
     if value[:1] not in ("'", '"'):
         value = '"' + value.replace('"', '\\"') + '"'
-    return f"++{key}={value}" if key.startswith("where.") else f"{key}={value}"
+    return f"{key}={value}" if key.startswith("columns.") else f"++{key}={value}"
 
 
 def _implied(
@@ -345,8 +345,8 @@ def _job_name(swept: Sequence[str]) -> str:
 
 
 def _summary_table(configs: Mapping[str, Config], codes: Mapping[str, int]) -> str:
-    from pipelines.shared.metrics import align
     from pipelines.shared.record import read_metrics
+    from pipelines.shared.tables import align
 
     results: dict[str, Mapping[str, object]] = {}
     for name, config in configs.items():

@@ -12,6 +12,7 @@ from scipy.special import softmax
 from sklearn import metrics as sklearn_metrics
 
 from pipelines.shared.calibration import calibration_error
+from pipelines.shared.tables import align
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -193,15 +194,6 @@ def format_score(score: Score, *, signed: bool = False) -> str:
     if score.low is None or score.high is None:
         return f"{score.value:{sign}.3f}"
     return f"{score.value:{sign}.3f} [{score.low:{sign}.3f}, {score.high:{sign}.3f}]"
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Pad the cells of each column to one width."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 def _functions(predictions: Predictions) -> dict[str, Callable[[], float]]:

@@ -5,12 +5,12 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 import yaml
 
 from pipelines.shared.errors import InputError
@@ -155,14 +155,21 @@ def _without_nan(value: object) -> object:
 
 
 def _versions() -> dict[str, object]:
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
         "git": _git_revision(Path(__file__).resolve().parents[2]),
         "platform": platform.platform(),
-        "device": gpus or platform.processor() or platform.machine(),
+        "device": _gpus() or platform.processor() or platform.machine(),
     }
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs; none for a run that did without torch, which takes seconds to import."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _version(package: str) -> str | None:

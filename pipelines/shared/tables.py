@@ -70,20 +70,23 @@ def read_labels(
     return table[[column for column in kept if column is not None and column in table.columns]]
 
 
-def keep_rows(path: Path, table: pd.DataFrame, where: Mapping[str, object]) -> pd.DataFrame:
+def keep_rows(
+    path: Path, table: pd.DataFrame, where: Mapping[str, object], *, key: str = "where"
+) -> pd.DataFrame:
     """Keep the rows of a table, read from `path`, that have the given value in each given column.
 
-    Raises InputError for a column that the table does not have, and when no row is left.
+    Raises InputError for a column that the table does not have, and when no row is left; `key` is
+    the setting that named them.
     """
     for number, (column, wanted) in enumerate(where.items()):
         if column not in table.columns:
             raise InputError(
-                f"{path} has no column {column!r} for where.{column}={wanted}; "
+                f"{path} has no column {column!r} for {key}.{column}={wanted}; "
                 f"it has {', '.join(map(repr, table.columns))}"
             )
         kept = table[table[column] == str(wanted)]
         if kept.empty:
-            earlier = [f"where.{key}={value}" for key, value in list(where.items())[:number]]
+            earlier = [f"{key}.{name}={value}" for name, value in list(where.items())[:number]]
             among = f" of the {len(table):,} rows left by {' '.join(earlier)}" if earlier else ""
             raise InputError(
                 f"{path}: no row{among} has {str(wanted)!r} in column {column!r}"
@@ -149,6 +152,15 @@ def write_failures(path: Path, failures: Iterable[Failure], *, id_column: str) -
     columns = [id_column, "path", "status", "reason", "remedy"]
     rows = [(item.id, item.path, item.status, item.reason, item.remedy) for item in failures]
     write_table(path, pd.DataFrame(rows, columns=columns))
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Pad the cells of each column to one width."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def _sheet_rows(path: Path) -> list[tuple[int, list[str]]]:

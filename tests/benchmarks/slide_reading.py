@@ -22,7 +22,7 @@ from pipelines.pathology.features import extract_features
 from pipelines.pathology.reading import FILTERS, TileReader
 from pipelines.pathology.slides import SlideFile, open_slide
 from pipelines.pathology.tiling import ReadingLevel, TilePlan, choose_level, grid_size, plan_tiles
-from pipelines.shared.metrics import align
+from pipelines.shared.tables import align
 
 TILE_PX = 256
 
