@@ -18,6 +18,19 @@ VERBS = {
             "'pattern.expression=SlidingWindow(radius=3) | GlobalTokens(first=2)'",
         ),
     ),
+    "split": Verb(
+        summary="Split patients into train, validation and test: tables for train and crossval.",
+        config="pathology_split",
+        function="pipelines.pathology.splitting:split",
+        path_keys=("labels", "slides", "splits", "features", "out"),
+        required=("labels",),
+        examples=(
+            "labels=LABELS.csv dry_run=true",
+            "labels=LABELS.csv scheme=site site=hospital folds=4 out=splits",
+            "labels=LABELS.csv scheme=monte_carlo folds=10 external.cohort=later out=splits",
+            "labels=LABELS.csv splits=CLAM/splits/task_1_100 out=splits",
+        ),
+    ),
     "predict": Verb(
         summary="Predict a folder of slides: a table, heatmaps, and a list of what failed.",
         config="pathology_predict",

@@ -1,7 +1,8 @@
 """What the configuration folder offers: the settings and choices of each verb, with their meaning.
 
 Read as text, without Hydra, so that `--help` is instant. A root file has its summary in the first
-line, `GROUP: CHOICE` lines under `defaults:`, and `key: default   # meaning` lines at the margin.
+line, `GROUP: CHOICE` lines under `defaults:`, and `key: default   # meaning` lines at the margin. A
+line with the name of another root file takes that file's settings and choices first.
 """
 
 import re
@@ -12,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 _DEFAULT = re.compile(r"^  - (?P<path>[\w/]+)(?:@(?P<package>\w+))?: (?P<choice>\S+)$")
+_INCLUDED = re.compile(r"^  - (?P<root>[a-z]+_\w+)$")
 _SETTING = re.compile(r"^(?P<key>\w+): (?P<value>.*?)(?:\s+# (?P<meaning>.*))?$")
 _WIDTH = 100
 
@@ -52,20 +54,20 @@ def conf_folder() -> Path:
 
 
 def read_root(name: str, folder: Path | None = None) -> Root:
-    """Read the root file `name` and the folders of its choices."""
+    """Read the root file `name`, those that it includes, and the folders of its choices."""
     folder = folder or conf_folder()
     lines = (folder / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    defaults = [match for line in lines if (match := _DEFAULT.match(line))]
-    settings = [match for line in lines if (match := _SETTING.match(line))]
-    return Root(
-        summary=_summary(lines),
-        settings=tuple(
-            Setting(match["key"], match["value"], match["meaning"] or "")
-            for match in settings
-            if match["key"] != "defaults"
-        ),
-        groups=tuple(_group(match, folder) for match in defaults),
-    )
+    included = [read_root(m["root"], folder) for line in lines if (m := _INCLUDED.match(line))]
+    settings = {item.key: item for root in included for item in root.settings}
+    groups = {group.name: group for root in included for group in root.groups}
+    for match in (found for line in lines if (found := _SETTING.match(line))):
+        if match["key"] != "defaults":
+            setting = Setting(match["key"], match["value"], match["meaning"] or "")
+            settings[setting.key] = setting
+    for match in (found for line in lines if (found := _DEFAULT.match(line))):
+        group = _group(match, folder)
+        groups[group.name] = group
+    return Root(_summary(lines), tuple(settings.values()), tuple(groups.values()))
 
 
 def format_settings(root: Root, keys: Sequence[str] | None = None) -> str:
