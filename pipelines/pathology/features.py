@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from pipelines.pathology.tile_features import (
     TileRequest,
     encode_tiles,
     select_tiles,
+    start_worker,
 )
 from pipelines.pathology.tiling import TilePlan, Tiles, no_tiles, plan_tiles
 from pipelines.shared.errors import InputError
@@ -259,23 +260,29 @@ class _TilePool:
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self._pool: ProcessPoolExecutor | None = None
+        self._started: Future[int] | None = None
+
+    def prepare(self, count: int) -> None:
+        """Let processes start, while tissue is sought, if `count` tiles repay it."""
+        least = _TILES_PER_WORKER * self.processes
+        if self._pool is None and self.processes > 1 and count >= least:
+            self._pool = ProcessPoolExecutor(
+                self.processes, mp_context=_spawning(), initializer=start_worker
+            )
+            self._started = self._pool.submit(os.getpid)
 
     def for_tiles(self, count: int) -> ProcessPoolExecutor | None:
         """Return the pool, or None where `count` tiles are read sooner without."""
-        if (
-            self._pool is None
-            and self.processes > 1
-            and count >= _TILES_PER_WORKER * self.processes
-        ):
-            self._pool = ProcessPoolExecutor(self.processes, mp_context=_spawning())
-            _check_start(self._pool)
+        self.prepare(count)
+        if self._started is not None:
+            _check_start(self._started)
         return self._pool
 
     def discard(self) -> None:
         """Give up a pool one of whose processes has died."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = None
+        self._pool = self._started = None
 
     def __enter__(self) -> "_TilePool":
         return self
@@ -292,7 +299,7 @@ def _spawning() -> multiprocessing.context.SpawnContext:
 def _run_by_slides(jobs: list[_Job], workers: int) -> Iterator[tuple[str, Outcome]]:
     unfinished = {job.slide.slide_id: job for job in jobs}
     with ProcessPoolExecutor(workers, mp_context=_spawning()) as pool:
-        _check_start(pool)
+        _check_start(pool.submit(os.getpid))
         try:
             for future in as_completed([pool.submit(_extract_named, job) for job in jobs]):
                 slide_id, outcome = future.result()
@@ -305,9 +312,9 @@ def _run_by_slides(jobs: list[_Job], workers: int) -> Iterator[tuple[str, Outcom
     yield from _run_apart(unfinished.values())
 
 
-def _check_start(pool: ProcessPoolExecutor) -> None:
+def _check_start(started: "Future[int]") -> None:
     try:
-        pool.submit(os.getpid).result()
+        started.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
             "worker processes cannot start; call extract_features below "
@@ -355,6 +362,7 @@ def _failed(job: _Job, reason: str, remedy: str) -> Failure:
 def _extract(job: _Job, pool: _TilePool) -> SlideReport:
     provenance = _provenance(job)
     with open_slide(job.slide.path, mpp=job.mpp) as slide:
+        pool.prepare(_foreseen_tiles(slide, job.plan))
         tiles = _choose_tiles(job, slide, provenance)
         held = _held_rows(job, provenance, tiles)
         missing = np.flatnonzero(held < 0)
@@ -388,6 +396,12 @@ def _extract(job: _Job, pool: _TilePool) -> SlideReport:
         source=source.name,
         why=source.why,
     )
+
+
+def _foreseen_tiles(slide: SlideReader, plan: TilePlan) -> int:
+    """About how many tiles there will be: half of a slide is tissue."""
+    width, height = slide.bounds[2:]
+    return int(width * height * (slide.mpp / (plan.tile_px * plan.mpp)) ** 2 / 2)
 
 
 def _choose_tiles(job: _Job, slide: SlideReader, provenance: Provenance) -> Tiles:

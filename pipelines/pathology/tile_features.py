@@ -21,7 +21,10 @@ CHUNK_TILES = 64
 """Tiles that are read and sent at once: 13 MB at 256 px."""
 
 CHUNKS_AHEAD = 3
-"""Chunks under way per process."""
+"""Chunks, or runs of them, under way per process."""
+
+RUN_CHUNKS = 4
+"""Chunks in a row that one process encodes: neighbours in tissue share the file's own tiles."""
 
 R = TypeVar("R")
 _LARGEST_HALF = float(np.finfo(np.float16).max)
@@ -71,16 +74,27 @@ def encode_tiles(
     Raises SlideError `unreadable` where more than a tenth of the tiles are damaged; fewer are left
     out of the result.
     """
-    starts = range(0, len(tiles), CHUNK_TILES)
-    chunks = [tiles.xy0[start : start + CHUNK_TILES] for start in starts]
+    chunks = _cut(tiles.xy0, CHUNK_TILES)
     ahead = CHUNKS_AHEAD * processes
     if pool is None:
         encoded = _encode_all(map(reader.read, chunks), encoder)
     elif encoder.in_workers:
-        encoded = _run_ahead(pool, ahead, _read_and_encode, chunks, request, encoder)
+        # short runs where there are few tiles, so that all processes end at about the same time
+        run = min(RUN_CHUNKS, 1 + len(chunks) // (8 * processes))
+        runs = _cut(tiles.xy0, run * CHUNK_TILES)
+        parts = _run_ahead(pool, ahead, _read_and_encode, runs, request, encoder)
+        encoded = (part for run in parts for part in run)
     else:
         encoded = _encode_all(_run_ahead(pool, ahead, _read, chunks, request), encoder)
     return _collect(tiles, encoded, encoder)
+
+
+def start_worker() -> None:
+    """Do nothing in a new process: finding this function there imports all that reading needs."""
+
+
+def _cut(xy0: np.ndarray, rows: int) -> list[np.ndarray]:
+    return [xy0[start : start + rows] for start in range(0, len(xy0), rows)]
 
 
 def _run_ahead(
@@ -157,8 +171,9 @@ def _read(xy0: np.ndarray, request: TileRequest) -> TileBatch:
     return _kept_reader(request).read(xy0)
 
 
-def _read_and_encode(xy0: np.ndarray, request: TileRequest, encoder: TileEncoder) -> _Encoded:
-    return _encode([_kept_reader(request).read(xy0)], encoder)
+def _read_and_encode(xy0: np.ndarray, request: TileRequest, encoder: TileEncoder) -> list[_Encoded]:
+    reader = _kept_reader(request)
+    return list(_encode_all(map(reader.read, _cut(xy0, CHUNK_TILES)), encoder))
 
 
 _kept: dict[TileRequest, tuple[SlideReader, TileReader]] = {}
