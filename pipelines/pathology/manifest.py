@@ -7,6 +7,7 @@ that only they have, and what was taken for what is printed.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,7 +21,7 @@ from pipelines.pathology.slides import (
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import keep_rows, read_labels, read_table, require_unique
 
-ROLES = ("slide_id", "path", "mpp", "patient_id", "label", "split")
+ROLES = ("slide_id", "path", "mpp", "patient_id", "label", "split", "time", "event")
 """What a table says of a slide; its columns have these names unless others are given."""
 
 KNOWN_TABLES: dict[str, dict[str, str]] = {
@@ -118,26 +119,34 @@ def read_slide_labels(
     slides: Path | None = None,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, object] | None = None,
+    truth: Sequence[str] = ("label",),
+    classes: bool = True,
 ) -> pd.DataFrame:
     """Read a table of labels: slide_id, label, patient_id (the id where there is none).
 
-    Also split and mpp if it has them. A table of patients without slide ids is joined with
+    Also split and mpp if it has them. `truth` are the roles that are to be learned, without
+    `classes` numbers. A table of patients without slide ids is joined with
     `slides`, a table that says whose the slides are. Raises InputError as `read_labels` does.
     """
     table = read_table(path)
     names = map_columns(path, table.columns, columns)
+    known = [names.get(role, role) for role in truth]
+    said: dict[str, Any] = {
+        "label_column": known[0] if classes else None,
+        "numbers": () if classes else known,
+    }
     if "slide_id" not in names and "patient_id" in names and slides is not None:
-        return _join_patients(path, names, read_slide_table(slides), where)
+        return _join_patients(path, names, read_slide_table(slides), where, said)
     mapped = [name for role, name in (columns or {}).items() if name != role]
     labels = read_labels(
         path,
         id_column=names.get("slide_id", "slide_id"),
-        label_column=names.get("label", "label"),
+        **said,
         group_column=names.get("patient_id", "patient_id"),
         split_column=names.get("split"),
         required=mapped,
         where=where,
-        remedy="say which it is with columns.slide_id=NAME and columns.label=NAME",
+        remedy=f"say which it is with columns.slide_id=NAME and columns.{truth[0]}=NAME",
     )
     labels = labels.rename(columns={name: role for role, name in names.items()})
     if "mpp" in names:
@@ -152,6 +161,7 @@ def _join_patients(
     names: Mapping[str, str],
     slides: pd.DataFrame,
     where: Mapping[str, object] | None,
+    said: Mapping[str, Any],
 ) -> pd.DataFrame:
     """Give every slide its patient's label."""
     if "patient_id" not in slides:
@@ -159,12 +169,12 @@ def _join_patients(
     patients = read_labels(
         path,
         id_column=names["patient_id"],
-        label_column=names.get("label", "label"),
+        **said,
         split_column=names.get("split"),
         where=where,
         remedy="say which it is with columns.label=NAME",
     ).rename(columns={name: role for role, name in names.items()})
-    joined = slides.drop(columns=["label", "split"], errors="ignore").reset_index()
+    joined = slides.drop(columns=["label", "split", "time", "event"], errors="ignore").reset_index()
     joined = joined.merge(patients, on="patient_id", how="inner").set_index("row")
     if joined.empty:
         raise InputError(

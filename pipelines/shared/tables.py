@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TextIO, cast
 
+import numpy as np
 import pandas as pd
 
 from pipelines.shared.errors import InputError
@@ -35,7 +36,8 @@ def read_labels(
     path: Path,
     *,
     id_column: str,
-    label_column: str = "label",
+    label_column: str | None = "label",
+    numbers: Sequence[str] = (),
     group_column: str | None = None,
     split_column: str | None = "split",
     required: Sequence[str] = (),
@@ -47,27 +49,41 @@ def read_labels(
     All values are stripped strings. `group_column` (patients) is filled with the ids where the
     table has none; `split_column` is kept where there is one; `required` columns must be there too.
     Only rows with the values that `where` gives for some columns count. `remedy` ends the message
-    about a missing column. Raises InputError for a
+    about a missing column. Columns of `numbers` are kept as well and turned into floats; without a
+    `label_column` there are no classes. Raises InputError for a
     missing or unreadable file, missing columns, no row left by `where`, empty or duplicate ids,
-    empty labels and a single class.
+    empty labels, what is no finite number among `numbers`, and a single class.
     """
     table = read_table(path)
-    _require_columns(path, table, [id_column, label_column, *required], remedy)
+    labels = [] if label_column is None else [label_column]
+    _require_columns(path, table, [id_column, *labels, *numbers, *required], remedy)
     table = keep_rows(path, table, where or {})
     if group_column is not None and group_column not in table.columns:
         table[group_column] = table[id_column]
     _require_values(path, table, id_column)
     require_unique(path, table, id_column)
-    _require_values(path, table, label_column)
+    for column in [*labels, *numbers]:
+        _require_values(path, table, column)
     if group_column is not None:
         _require_values(path, table, group_column)
-    if table[label_column].nunique() < 2:
+    if label_column is not None and table[label_column].nunique() < 2:
         raise InputError(
             f"{path}: all {len(table)} rows have the label {table[label_column].iloc[0]!r}; "
             "a classifier needs at least two classes"
         )
-    kept = dict.fromkeys([id_column, label_column, group_column, split_column])
-    return table[[column for column in kept if column is not None and column in table.columns]]
+    kept = dict.fromkeys([id_column, *labels, *numbers, group_column, split_column])
+    table = table[[column for column in kept if column is not None and column in table.columns]]
+    return table.assign(**{column: _numbers(path, table[column]) for column in numbers})
+
+
+def _numbers(path: Path, column: "pd.Series[str]") -> "pd.Series[float]":
+    found = pd.to_numeric(column, errors="coerce").astype("float64")
+    wrong = column.index[~np.isfinite(found)].tolist()
+    if wrong:
+        raise InputError(
+            f"{path}, row {wrong[0]}: {column.name} must be a number; got {column[wrong[0]]!r}"
+        )
+    return found
 
 
 def keep_rows(
