@@ -16,12 +16,23 @@ def colour_numbers(slide: SlideFeatures) -> NDArray[np.float64]:
 
 
 def fit_colour_baseline(
-    train: list[SlideFeatures], targets: list[int], test: list[SlideFeatures], *, num_classes: int
+    train: list[list[SlideFeatures]],
+    targets: list[int],
+    test: list[list[SlideFeatures]],
+    *,
+    num_classes: int,
 ) -> NDArray[np.float64]:
-    """Logistic regression on `colour_numbers`; return a probability per test slide and class."""
+    """Logistic regression on `colour_numbers`; return a probability per test case and class.
+
+    A case is a slide, or a patient's slides, whose numbers are averaged.
+    """
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5_000))
-    model.fit(np.stack([colour_numbers(slide) for slide in train]), targets)
-    found = model.predict_proba(np.stack([colour_numbers(slide) for slide in test]))
+    model.fit(_numbers_of(train), targets)
+    found = model.predict_proba(_numbers_of(test))
     probabilities = np.zeros((len(test), num_classes))
     probabilities[:, model.classes_] = found
     return probabilities
+
+
+def _numbers_of(cases: list[list[SlideFeatures]]) -> NDArray[np.float64]:
+    return np.stack([np.mean([colour_numbers(slide) for slide in case], 0) for case in cases])

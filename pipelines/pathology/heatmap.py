@@ -68,6 +68,12 @@ def render_heatmap(
     os.replace(aside, path)
 
 
+def draw_attention(path: Path, slide: SlideFeatures, weights: np.ndarray, *, title: str) -> None:
+    """Draw how much each tile counts in the slide's pooling, relative to an even share."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    render_heatmap(path, slide, weights, title=title, unit="attention / even share")
+
+
 def _extent_um(slide: SlideFeatures) -> tuple[float, float, float, float]:
     """Left, right, bottom, top of the slide in micrometres."""
     width, height = slide.dimensions

@@ -16,8 +16,8 @@ from pipelines.pathology.model import SlideClassifier
 from pipelines.pathology.progress import track
 from pipelines.pathology.store import read_provenance, slide_folder
 from pipelines.pathology.stored_features import STORED_ENCODER, have_overviews, match_stored
+from pipelines.pathology.study import TASK
 from pipelines.pathology.tiling import TilePlan
-from pipelines.pathology.train import TASK, draw_heatmap
 from pipelines.shared.checkpoint import LoadedModel, load_model
 from pipelines.shared.errors import InputError
 from pipelines.shared.inference import Prediction

@@ -106,7 +106,7 @@ class DiscreteSurvival:
 
     def predictions(self, outputs: Outputs, targets: Sequence[Target]) -> RiskPredictions:
         """Times, events and risks."""
-        return _risk_predictions(self.risk(outputs), targets)
+        return _risk_predictions(self.risk(outputs), targets, self.cut)
 
     def truth(self, targets: Sequence[Target]) -> pd.DataFrame:
         """`time` and `event`."""
@@ -187,7 +187,7 @@ class CoxSurvival:
 
     def predictions(self, outputs: Outputs, targets: Sequence[Target]) -> RiskPredictions:
         """Times, events and risks."""
-        return _risk_predictions(self.risk(outputs), targets)
+        return _risk_predictions(self.risk(outputs), targets, self.cut)
 
     def truth(self, targets: Sequence[Target]) -> pd.DataFrame:
         """`time` and `event`."""
@@ -225,9 +225,12 @@ def _columns(targets: Sequence[Target]) -> tuple[NDArray[np.float64], NDArray[np
     return table[:, 0], table[:, 1] > 0.5
 
 
-def _risk_predictions(risks: NDArray[np.float64], targets: Sequence[Target]) -> RiskPredictions:
+def _risk_predictions(
+    risks: NDArray[np.float64], targets: Sequence[Target], cut: float
+) -> RiskPredictions:
     times, events = _columns(targets)
-    return RiskPredictions(times, events, risks.round(DECIMALS))
+    rounded = risks.round(DECIMALS)
+    return RiskPredictions(times, events, rounded, rounded > cut)
 
 
 def _truth(targets: Sequence[Target]) -> pd.DataFrame:

@@ -1,81 +1,47 @@
 """`train`: from slides and labels to a model, scored beside its baselines."""
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 
-from pipelines.pathology.baseline import fit_colour_baseline
-from pipelines.pathology.data import SlideDataset
+from pipelines.pathology.cohort import TRUTH, check_task, read_cohort
+from pipelines.pathology.data import Augmentation
 from pipelines.pathology.encoding import build_encoder
 from pipelines.pathology.features import extract_features
-from pipelines.pathology.heatmap import render_heatmap
 from pipelines.pathology.manifest import (
     given_mpp,
     is_table,
     list_slides,
     read_slide_labels,
 )
-from pipelines.pathology.model import SlideClassifier
+from pipelines.pathology.model import architecture, build_network
 from pipelines.pathology.slides import SlideFile
-from pipelines.pathology.store import read_index, read_slide, slide_folder
+from pipelines.pathology.store import read_index, slide_folder
 from pipelines.pathology.stored_features import FeatureSource, find_source, have_overviews
+from pipelines.pathology.study import BASELINES, Study
 from pipelines.pathology.synthetic import make_cohort
 from pipelines.pathology.tiling import make_plan
-from pipelines.shared.checkpoint import save_model
 from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitSettings, require_device
-from pipelines.shared.inference import Prediction
-from pipelines.shared.metrics import Score, format_table
-from pipelines.shared.network import FeatureStem
-from pipelines.shared.record import finish_run, is_main_process
-from pipelines.shared.splits import assign_splits
-from pipelines.shared.study import (
-    Contender,
-    Probabilities,
-    Result,
-    TestSet,
-    architecture_of,
-    begin_run,
-    check_baselines,
-    check_network,
-    choose_class_weights,
-    probability_table,
-    run_contender,
-    summarise,
-)
-from pipelines.shared.tables import Failure, write_failures, write_table
-
-TASK = "pathology"
-BASELINES = {
-    "abmil": "attention pooling (ABMIL)",
-    "no_attention": "same encoder, attention off",
-    "shuffled": "same encoder, positions shuffled",
-    "window": "same encoder, window alone",
-    "colour": "slide colour, logistic regression",
-}
-MAX_STANDARDISED = 200_000
-"""Training tiles that mean and spread of the features are taken from."""
-
-_SPLITS = ("train", "val", "test")
+from pipelines.shared.study import begin_run, check_baselines, check_network
+from pipelines.shared.tables import Failure, write_failures
 
 
 def train(config: dict[str, Any]) -> int:
     """Train and score; 0, or 3 if slides failed or labels and slides stayed without a partner."""
     check_baselines(config["baselines"], BASELINES)
+    check_task(config)
+    Augmentation(**config["augment"])
     settings = FitSettings.from_config(config)
     require_device(settings)
     if config["features"] and config["labels"] and not config["slides"]:
         return _train_on_stored(config, settings)
     plan = make_plan(config)
     encoder = build_encoder(**config["encoder"])
-    architecture = architecture_of(config, num_classes=2)
-    check_network(partial(SlideClassifier, num_features=encoder.dim, **architecture))
+    _check_networks(config, encoder.dim)
     slides, labels = _input_files(config)
     files, table = _read_inputs(config, slides, labels)
     out = Path(config["out"])
@@ -107,19 +73,18 @@ def train(config: dict[str, Any]) -> int:
     }
     tiles = f"of {plan.tile_px} px at {plan.mpp} um/px"
     source = FeatureSource(store, encoder.dim, tiles, metadata)
-    return _Study(config, settings, source, rows, out).run(failures)
+    return Study(config, settings, source, read_cohort(config, rows, labels), out).run(failures)
 
 
 def _train_on_stored(config: dict[str, Any], settings: FitSettings) -> int:
     """Train on features that are there already, imported or embedded; no slide is opened."""
     store, labels, out = (Path(config[key]) for key in ("features", "labels", "out"))
-    table = read_slide_labels(labels, columns=config["columns"], where=config["where"])
+    table = read_slide_labels(labels, **_said(config), **_truth(config))
     ids = read_index(store)["slide_id"]
     files, failures = _match([SlideFile(i, slide_folder(store, i)) for i in ids], table, labels)
     found = [file.slide_id for file in files]
     source = find_source(store, found)
-    architecture = architecture_of(config, num_classes=2)
-    check_network(partial(SlideClassifier, num_features=source.dim, **architecture))
+    _check_networks(config, source.dim)
     if not begin_run(out, config):
         return 0
     for failure in failures:
@@ -129,7 +94,7 @@ def _train_on_stored(config: dict[str, Any], settings: FitSettings) -> int:
         baselines = [name for name in config["baselines"] if name != "colour"]
         config = {**config, "baselines": baselines, "heatmaps": 0}
     rows = table[table["slide_id"].isin(found)]
-    return _Study(config, settings, source, rows, out).run(failures)
+    return Study(config, settings, source, read_cohort(config, rows, labels), out).run(failures)
 
 
 def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
@@ -161,10 +126,28 @@ def _read_inputs(
     config: dict[str, Any], slides: Path, labels: Path
 ) -> tuple[list[SlideFile], pd.DataFrame]:
     """Slides and their labels; of two tables, `columns` and `where` speak of the labels."""
-    said = {"columns": config["columns"], "where": config["where"]}
+    said = _said(config)
     files = list_slides(slides, root=config["root"], **(said if slides == labels else {}))
     other = slides if is_table(slides) and slides != labels else None
-    return files, read_slide_labels(labels, slides=other, **said)
+    return files, read_slide_labels(labels, slides=other, **said, **_truth(config))
+
+
+def _said(config: dict[str, Any]) -> dict[str, Any]:
+    return {"columns": config["columns"], "where": config["where"]}
+
+
+def _truth(config: dict[str, Any]) -> dict[str, Any]:
+    """What is to be learned: classes, or numbers."""
+    task = config["task"]["name"]
+    return {"truth": TRUTH[task], "classes": task == "classification"}
+
+
+def _check_networks(config: dict[str, Any], num_features: int) -> None:
+    """Raise InputError for a model, or a baseline made of it, that cannot be built."""
+    sizes = {"num_features": num_features, "num_classes": 2}
+    for name in ("model", *config["baselines"]):
+        if name != "colour":
+            check_network(partial(build_network, architecture(config, name, **sizes)))
 
 
 def _given_mpps(files: list[SlideFile], table: pd.DataFrame, labels: Path) -> dict[str, float]:
@@ -205,206 +188,3 @@ def _match(
 def _some(names: set[str]) -> str:
     shown = ", ".join(repr(name) for name in sorted(names)[:3])
     return f"{shown}, ..." if len(names) > 3 else shown
-
-
-class _Study:
-    """One run: slides by split, the model, its baselines, and what is written of them."""
-
-    def __init__(
-        self,
-        config: dict[str, Any],
-        settings: FitSettings,
-        source: FeatureSource,
-        table: pd.DataFrame,
-        out: Path,
-    ) -> None:
-        self.config, self.settings, self.out = config, settings, out
-        self.source, self.store = source, source.store
-        self.ids = table["slide_id"].tolist()
-        self.patients = table["patient_id"].tolist()
-        self.classes = sorted(table["label"].unique())
-        self.targets = [self.classes.index(label) for label in table["label"]]
-        splits = assign_splits(
-            ids=self.ids,
-            labels=table["label"].tolist(),
-            groups=self.patients,
-            given=table["split"].tolist() if "split" in table else None,
-            val_fraction=config["val_fraction"],
-            test_fraction=config["test_fraction"],
-            seed=config["seed"],
-        )
-        self.rows = {name: np.flatnonzero(np.array(splits) == name).tolist() for name in _SPLITS}
-        self.test = TestSet(
-            self._of(self.ids, "test"),
-            self._of(self.targets, "test"),
-            self._of(self.patients, "test"),
-        )
-        self.data = {name: self._dataset(name) for name in _SPLITS}
-        self._standard: tuple[torch.Tensor, torch.Tensor] | None = None
-        counts = ", ".join(f"{name} {len(self.rows[name]):,}" for name in _SPLITS)
-        tiles = sum(sum(data.lengths) for data in self.data.values())
-        print(f"{len(self.classes)} classes ({', '.join(self.classes)}); slides: {counts}")
-        print(f"{tiles:,} tiles {source.tiles}, {source.dim} features")
-
-    def run(self, failures: list[Failure]) -> int:
-        """Train everything, print the comparison, write the model and the run's record."""
-        model = self._train("model")
-        results, scores = {"model": model}, {"model": model.scores}
-        for name in self.config["baselines"]:
-            if name == "colour":
-                scores[name] = self._colour_scores()
-                continue
-            results[name] = self._train(name)
-            scores[name] = results[name].scores
-        if is_main_process():
-            self._write(results, scores, failures)
-        return 3 if failures else 0
-
-    def _of(self, values: list[Any], split: str) -> list[Any]:
-        return [values[row] for row in self.rows[split]]
-
-    def _dataset(self, split: str, *, shuffle_positions: bool = False) -> SlideDataset:
-        return SlideDataset(
-            self.store,
-            self._of(self.ids, split),
-            self._of(self.targets, split),
-            self._of(self.patients, split),
-            shuffle_positions=shuffle_positions,
-            seed=self.config["seed"],
-        )
-
-    def _train(self, name: str) -> Result:
-        data = self.data
-        if name == "shuffled":
-            data = {split: self._dataset(split, shuffle_positions=True) for split in _SPLITS}
-        contender = Contender(lambda: self._build(name), data["train"], data["val"], data["test"])
-        return run_contender(
-            name,
-            contender,
-            out=self.out,
-            settings=self.settings,
-            test=self.test,
-            class_weights=choose_class_weights(
-                self.config["task"]["class_weights"],
-                self._of(self.targets, "train"),
-                len(self.classes),
-            ),
-            collect=_in_order,
-        )
-
-    def _build(self, name: str) -> SlideClassifier:
-        architecture = architecture_of(self.config, num_classes=len(self.classes))
-        architecture["checkpointing"] = self.config["checkpointing"]
-        if name == "abmil":
-            architecture |= {"depth": 0, "pattern": None}
-        elif name == "no_attention":
-            architecture["pattern"] = None
-        elif name == "window":
-            architecture["pattern"] = f"SlidingWindow(radius={self.config['window']})"
-        network = SlideClassifier(num_features=self.source.dim, **architecture)
-        self._standardise(network.stem)
-        return network
-
-    def _standardise(self, stem: FeatureStem) -> None:
-        """Give the stem mean and spread of training tiles, which are read once for all networks."""
-        if self._standard is None:
-            stem.standardise(self._sample_features())
-            self._standard = stem.mean.clone(), stem.spread.clone()
-        mean, spread = self._standard
-        stem.mean.copy_(mean)
-        stem.spread.copy_(spread)
-
-    def _sample_features(self) -> torch.Tensor:
-        train = self.data["train"]
-        generator = np.random.default_rng(self.config["seed"])
-        share = min(1.0, MAX_STANDARDISED / sum(train.lengths))
-        kept = []
-        for index in range(len(train)):
-            features = train[index].inputs
-            chosen = generator.random(len(features)) < share
-            kept.append(features[torch.from_numpy(chosen)])
-        return torch.cat(kept)
-
-    def _colour_scores(self) -> dict[str, Score]:
-        train, test = (
-            [
-                read_slide(slide_folder(self.store, slide_id))
-                for slide_id in self._of(self.ids, name)
-            ]
-            for name in ("train", "test")
-        )
-        targets = self._of(self.targets, "train")
-        found = fit_colour_baseline(train, targets, test, num_classes=len(self.classes))
-        return self.test.score(found)
-
-    def _write(
-        self,
-        results: dict[str, Result],
-        scores: dict[str, dict[str, Score]],
-        failures: list[Failure],
-    ) -> None:
-        model, checkpoint = results["model"], self.out / "model.ckpt"
-        assert isinstance(model.network, SlideClassifier)
-        metadata = {"classes": self.classes, **self.source.metadata}
-        save_model(checkpoint, model.network, task=TASK, metadata=metadata)
-        predictions = probability_table(
-            self.test.ids, model.probabilities, self.classes, id_column="slide_id"
-        )
-        predictions.insert(1, "patient_id", self.test.groups)
-        predictions.insert(2, "label", [self.classes[target] for target in self.test.targets])
-        write_table(self.out / "predictions.csv", predictions)
-        write_failures(self.out / "failures.csv", failures, id_column="slide_id")
-        heatmaps = self._draw_heatmaps(model)
-        titles = {"model": f"model ({self.config['pattern']['expression']})"} | BASELINES
-        text = format_table({titles[name]: row for name, row in scores.items()})
-        summary = (
-            f"{len(self.test.ids):,} test slides, 95 % intervals over patients\n{text}\n\n"
-            f"model        {checkpoint}\n"
-            f"predictions  {self.out / 'predictions.csv'}\n"
-            f"metrics      {self.out / 'metrics.json'}\n"
-            + "".join(f"heatmap      {path}\n" for path in heatmaps)
-            + f"predict with  python -m pipelines.pathology predict {self._input()}=FOLDER "
-            f"ckpt={checkpoint} out=FOLDER\n"
-        )
-        (self.out / "summary.txt").write_text(summary, encoding="utf-8")
-        known = {"classes": self.classes, "test_slides": len(self.test.ids)}
-        finish_run(self.out, {**known, "failures": len(failures), **summarise(scores, results)})
-        print(f"\n{summary}")
-        if failures:
-            print(f"{len(failures):,} slides or labels left out: {self.out / 'failures.csv'}")
-
-    def _input(self) -> str:
-        stored = not self.config["slides"] and self.config["labels"]
-        return "features" if stored else "slides"
-
-    def _draw_heatmaps(self, model: Result) -> list[Path]:
-        paths = []
-        for row, prediction in enumerate(model.predictions[: self.config["heatmaps"]]):
-            path = self.out / "heatmaps" / f"{prediction.id}.png"
-            label = self.classes[self.test.targets[row]]
-            draw_heatmap(path, self.store, prediction, self.classes, label=label)
-            paths.append(path)
-        return paths
-
-
-def draw_heatmap(
-    path: Path,
-    store: Path,
-    prediction: Prediction,
-    classes: list[str],
-    *,
-    label: str | None = None,
-) -> None:
-    """Draw how much each tile counted in the slide's pooling, relative to an even share."""
-    best = int(prediction.probabilities.argmax())
-    title = f"{prediction.id}: {classes[best]} ({float(prediction.probabilities[best]):.3f})"
-    if label is not None:
-        title += f", label {label}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    slide = read_slide(slide_folder(store, prediction.id))
-    weights = prediction.attention.numpy() * len(slide)
-    render_heatmap(path, slide, weights, title=title, unit="attention / even share")
-
-
-def _in_order(predictions: Iterable[Prediction]) -> Probabilities:
-    return np.stack([p.logits.double().softmax(-1).numpy() for p in predictions])

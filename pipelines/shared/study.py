@@ -139,7 +139,7 @@ def run_contender(
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A trained contender, what it says of validation and test examples, and who served it."""
+    """A trained contender, what it says of examples by split, and who served it."""
 
     network: nn.Module
     report: FitReport
@@ -155,12 +155,12 @@ def train_contender(
     settings: FitSettings,
     objective: Objective,
     sample_weights: Sequence[float] | None = None,
-    splits: Sequence[str] = ("test",),
+    also: Mapping[str, Examples] | None = None,
 ) -> Trained:
     """Train one contender in `out/models/NAME`, select its epoch on validation, and predict.
 
-    On the CPU predictions are computed in float64, so that items which the network cannot tell
-    apart tie exactly.
+    What is predicted is `also`, by default the test examples. On the CPU predictions are computed
+    in float64, so that items which the network cannot tell apart tie exactly.
     """
     seed_everything(settings.seed)
     network, report = fit(
@@ -177,10 +177,9 @@ def train_contender(
     if device == "cpu":
         network.double()
     served = Counter(engines_used())
-    given = {"train": contender.train, "val": contender.val, "test": contender.test}
     predictions = {
-        split: list(predict(network, given[split], max_tokens=settings.max_tokens, device=device))
-        for split in splits
+        split: list(predict(network, data, max_tokens=settings.max_tokens, device=device))
+        for split, data in (also or {"test": contender.test}).items()
     }
     network.float()
     calls = Counter(report.engine_calls) + (Counter(engines_used()) - served)
