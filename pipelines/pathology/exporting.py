@@ -18,6 +18,7 @@ from pipelines.pathology.store import (
     read_slide,
     slide_folder,
 )
+from pipelines.shared.asides import aside_of, clean
 from pipelines.shared.errors import InputError
 from pipelines.shared.record import finish_run, open_run
 from pipelines.shared.tables import Failure, write_failures
@@ -59,6 +60,7 @@ def export_features(config: dict[str, Any]) -> int:
         print(f"dry run: {len(todo):,} files to write, {len(slide_ids) - len(todo):,} are there")
         return 0
     open_run(out, config, volatile=("out", "dry_run"))
+    clean(out)
     failures = []
     for name in track(todo, total=len(todo), label="export", enabled=True):
         folder = slide_folder(store, name)
@@ -206,7 +208,7 @@ def _is_newer(target: Path, folder: Path) -> bool:
 
 def _write_aside(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     try:
         write(aside)
         os.replace(aside, path)

@@ -45,6 +45,7 @@ from pipelines.pathology.tile_features import (
     start_worker,
 )
 from pipelines.pathology.tiling import TilePlan, Tiles, no_tiles, plan_tiles
+from pipelines.shared.asides import clean
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure
 
@@ -146,6 +147,7 @@ def extract_features(
     _refuse_others(jobs, new_thresholds=new_thresholds)
     todo = [job for job in jobs if not _is_done(job)]
     store.mkdir(parents=True, exist_ok=True)
+    clean(store)
     outcomes: dict[str, Outcome] = {}
     results = _run(todo, workers)
     for slide_id, outcome in track(results, total=len(todo), label="features", enabled=progress):

@@ -17,6 +17,7 @@ from skimage.measure import find_contours
 
 from pipelines.pathology.slides import SlideError
 from pipelines.pathology.tissue import TissueMask
+from pipelines.shared.asides import aside_of
 
 TISSUE_COLOUR = (46, 160, 67)
 EXCLUDED = ("exclude", "ignore")
@@ -40,7 +41,7 @@ def write_outline(path: Path, tissue: TissueMask) -> None:
         for rings in trace(tissue.mask, tissue.scale)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     text = json.dumps({"type": "FeatureCollection", "features": features})
     aside.write_text(text + "\n", encoding="utf-8")
     os.replace(aside, path)

@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from pipelines.pathology.outlines import TISSUE_COLOUR
 from pipelines.pathology.tiling import Survey, TilePlan
+from pipelines.shared.asides import aside_of
 
 SIDE_PX = (900, 2000)
 """The longer side of a preview: small slides are enlarged, large ones are shrunk."""
@@ -37,7 +38,7 @@ def draw_preview(path: Path, survey: Survey, plan: TilePlan, *, title: str) -> N
     counts = _draw_cells(ImageDraw.Draw(tint), survey, plan, zoom)
     image = Image.alpha_composite(image.convert("RGBA"), tint).convert("RGB")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     _with_legend(image, title, counts).save(aside, format="png")
     os.replace(aside, path)
 

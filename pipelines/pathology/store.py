@@ -16,6 +16,8 @@ alone, so that equal content has equal digests whenever and wherever it was writ
 have source_row, and neither overview, mask nor survey_row.
 """
 
+import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -34,6 +36,7 @@ from pipelines.pathology.chunk_files import read_rows, read_shape
 from pipelines.pathology.encoding import TileEncoder
 from pipelines.pathology.slides import SlideReader
 from pipelines.pathology.tiling import TilePlan, Tiles
+from pipelines.shared.asides import aside_of, remove_leftovers
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import read_table, write_table
 
@@ -164,9 +167,8 @@ def write_group(
     The attribute `digest` is added.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"):
-        shutil.rmtree(leftover)
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    remove_leftovers(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"))
+    aside = aside_of(folder)
     noted = {**attributes, "digest": content_digest(arrays)}
     group = zarr.create_group(aside, zarr_format=3, attributes=noted)
     for name, array in arrays.items():
@@ -348,10 +350,15 @@ def _read_attributes(folder: Path) -> dict[str, Any] | None:
 
 
 def _move_into_place(aside: Path, folder: Path) -> None:
-    if folder.exists():
-        old = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-old")
-        os.replace(folder, old)
-        os.replace(aside, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(aside, folder)
+    old = aside.with_name(f"{aside.name}-old")
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder, old)
+        try:
+            os.replace(aside, folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # another process was faster: its slide goes
+    shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipelines.pathology.tiling import Survey
 from pipelines.pathology.tissue import TissueMask
+from pipelines.shared.asides import aside_of
 
 SCHEMA = 1
 _ENDING = ".npz"
@@ -50,7 +51,7 @@ def write_survey(path: Path, survey: Survey, made_from: Mapping[str, object]) ->
     arrays |= {_FLAG + name: share for name, share in survey.flagged.items()}
     arrays |= {_WHERE + name: np.packbits(where) for name, where in mask.flags.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     with aside.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
     os.replace(aside, path)

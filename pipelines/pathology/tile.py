@@ -41,6 +41,7 @@ from pipelines.pathology.tiling import (
     survey_tiles,
 )
 from pipelines.pathology.tissue import TissueModel, find_tissue
+from pipelines.shared.asides import clean
 from pipelines.shared.errors import InputError
 from pipelines.shared.record import finish_run, open_run
 from pipelines.shared.tables import Failure, align, write_failures, write_table
@@ -98,6 +99,7 @@ def tile(config: dict[str, Any]) -> int:
         return _dry_run(jobs)
     out = Path(config["out"])
     open_run(out, config, volatile=VOLATILE)
+    clean(out)
     outcomes = list(
         track(
             _in_threads(_tile_one, jobs, config["num_workers"]),

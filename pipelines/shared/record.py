@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from pipelines.shared.asides import aside_of, remove_leftovers
 from pipelines.shared.errors import InputError
 
 # what may change between two starts of one run: where it is, how it is shown and read
@@ -42,6 +43,7 @@ def open_run(
     """
     make_folder(out)
     try:
+        remove_leftovers(out.iterdir())
         state = _compare(out, config, volatile)
         if state is not RunState.FINISHED and is_main_process():
             _write(out / "versions.json", json.dumps(_versions(), indent=2))
@@ -139,7 +141,7 @@ def _is_below(key: str, roots: Sequence[str]) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     aside.write_text(text.rstrip() + "\n", encoding="utf-8")
     os.replace(aside, path)
 

@@ -15,6 +15,7 @@ from typing import TextIO, cast
 import numpy as np
 import pandas as pd
 
+from pipelines.shared.asides import aside_of
 from pipelines.shared.errors import InputError
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -158,7 +159,7 @@ def require_unique(path: Path, table: pd.DataFrame, column: str) -> None:
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table (separator as in `read_table`) aside and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     table.to_csv(aside, sep=_delimiter(path), index=False, lineterminator="\n")
     os.replace(aside, path)
 

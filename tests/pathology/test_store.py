@@ -1,4 +1,5 @@
 import dataclasses
+import platform
 
 import numpy as np
 import pytest
@@ -90,7 +91,10 @@ def test_only_equal_provenance_is_current(tissue_slide, tmp_path):
 
 def test_writing_again_replaces_and_leaves_nothing_beside(tissue_slide, tmp_path):
     folder = slide_folder(tmp_path / "store", "tissue [1]")
-    (tmp_path / "store" / "tissue [1].zarr.tmp-1").mkdir(parents=True)  # of a killed run
+    leftover = (
+        slide_folder(tmp_path / "store", "tissue [1]").name + f".tmp-{platform.node()}-999999999"
+    )
+    (tmp_path / "store" / leftover).mkdir(parents=True)  # of a killed run
     _, first = store_slide(tissue_slide, folder)
     store_slide(tissue_slide, folder, first + 1)
     assert np.array_equal(read_slide(folder).features(), first + 1)
