@@ -4,7 +4,9 @@ The estimator. A score is computed within each fold, on the fold's own test rows
 own model, and the values are averaged over the folds: probabilities of different models are never
 ranked against each other. An interval comes from resampling groups over all folds: a group that is
 drawn twice counts twice in every fold that tests it, each fold is scored anew, and the averages
-give the percentiles 2.5 and 97.5. Differences of two models use the same draws, so that they are
+give the percentiles 2.5 and 97.5, moved so that the resamples' mean is the value: a resample holds
+fewer distinct rows, which raises the calibration error and the average precision, while accuracies
+and areas stay where they are. Differences of two models use the same draws, so that they are
 paired by group. The intervals speak of other groups of the same kind under these trained models;
 that another training would give other models is not in them, but shows in the values per fold.
 A resample in which a fold has no value (a class is not in it) averages the other folds.
@@ -196,8 +198,9 @@ def _summarise(
     drawn = drawn[held.any(axis=0)]
     if len(drawn) == 0:
         return Score(value, None, None, reason or "no resample defines an interval")
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Score(value, float(low), float(high), reason)
+    low, high = np.percentile(drawn, [2.5, 97.5]) + value - drawn.mean()
+    bounds = np.clip([low, high], min(drawn.min(), value), max(drawn.max(), value))
+    return Score(value, float(bounds[0]), float(bounds[1]), reason)
 
 
 def _or_nan(value: float | None) -> float:

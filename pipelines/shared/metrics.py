@@ -88,18 +88,21 @@ class RiskPredictions:
     """Times [N], whether the event was seen at them [N], and predicted risks [N].
 
     A higher risk means an earlier event; the sign is the model's and never chosen by the data.
+    `high` says which risks lie above the cut of the training rows, where that is known [N].
     """
 
     times: Floats
     events: NDArray[np.bool_]
     risks: Floats
+    high: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.times)
 
     def take(self, rows: Rows) -> "RiskPredictions":
         """Keep some rows."""
-        return RiskPredictions(self.times[rows], self.events[rows], self.risks[rows])
+        high = None if self.high is None else self.high[rows]
+        return RiskPredictions(self.times[rows], self.events[rows], self.risks[rows], high)
 
 
 Predictions: TypeAlias = ClassPredictions | ValuePredictions | RiskPredictions
