@@ -36,11 +36,12 @@ class ContigMatch:
         if self.renamed:
             pairs = [f"{theirs} is {ours}" for theirs, ours in self.renamed.items()]
             notes.append(
-                f"{len(pairs):,} contigs have another name in the sequences: {_some(pairs)}"
+                f"contigs named otherwise in the sequences ({len(pairs):,}): {_some(pairs)}"
             )
         if self.unknown:
+            missing = _some(self.unknown)
             notes.append(
-                f"{len(self.unknown):,} contigs are not in the sequences: {_some(self.unknown)}"
+                f"contigs that are not in the sequences ({len(self.unknown):,}): {missing}"
             )
         return notes
 

@@ -164,9 +164,10 @@ def describe_place(contig: str, start: int, end: int) -> str:
 
 
 def _why(file: IntervalFile) -> str:
-    return f" that can be cut (of {file.skipped[0].id}: {file.skipped[0].reason})" * bool(
-        file.skipped
-    )
+    if not file.skipped:
+        return ""
+    first = file.skipped[0]
+    return f" that can be cut (the first, {first.id}: {first.reason})"
 
 
 _GTF_ATTRIBUTE = re.compile(r'\s*\w+ +"')

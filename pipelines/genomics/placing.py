@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import NUM_BASES, reverse_complement
@@ -36,16 +36,17 @@ class Placed:
         """Bases of all parts."""
         return sum(part.end - part.start for part in self.parts)
 
-    def stretches(self, start: int, end: int) -> list[tuple[int, int]]:
+    def cut(self, start: int, end: int) -> list[Part]:
         """Where the bases [start, end) of the interval, as it is read, lie on the record."""
         found, before = [], 0
         for part in self.parts:
-            low, high = max(start - before, 0), min(end - before, part.end - part.start)
-            before += part.end - part.start
+            size = part.end - part.start
+            low, high = max(start - before, 0), min(end - before, size)
+            before += size
             if low < high and part.strand == "-":
-                found.append((part.end - high, part.end - low))
+                found.append(Part(part.end - high, part.end - low, part.strand))
             elif low < high:
-                found.append((part.start + low, part.start + high))
+                found.append(Part(part.start + low, part.start + high, part.strand))
         return found
 
 
@@ -68,6 +69,18 @@ class Placement:
             *(f"{count:,} intervals {flag}" for flag, count in counts.items()),
             *(f"{count:,} intervals left out: {status}" for status, count in statuses.items()),
         ]
+
+
+def whole_records(store: SequenceStore) -> tuple[Placed, ...]:
+    """Every record of a store as an interval, in its order."""
+    return tuple(
+        Placed(
+            Interval(name, 0, int(length), ".", name, str(store.path)),
+            record,
+            (Part(0, int(length), "."),),
+        )
+        for record, (name, length) in enumerate(zip(store.ids, store.lengths, strict=True))
+    )
 
 
 def place(
@@ -120,17 +133,44 @@ def place(
     return Placement(tuple(placed), tuple(failures), contigs, file.notes)
 
 
-def fetch(store: SequenceStore, placed: Placed) -> UInt8[ndarray, "T"]:
-    """Cut the bases of an interval: parts spliced in reading order, each on its strand."""
-    length = int(store.lengths[placed.record])
-    pieces = []
-    for part in placed.parts:
-        low, high = min(max(part.start, 0), length), max(min(part.end, length), 0)
-        bases = np.full(part.end - part.start, _N, dtype=np.uint8)
-        if low < high:
-            bases[low - part.start : high - part.start] = store.read(placed.record, low, high)
+def fetch(
+    store: SequenceStore, placed: Placed, start: int = 0, end: int | None = None
+) -> UInt8[ndarray, "T"]:
+    """Cut an interval, or its bases [start, end): spliced in reading order, each part by strand."""
+    end = placed.length if end is None else end
+    if not 0 <= start <= end <= placed.length:
+        raise ValueError(f"0 <= start <= end <= {placed.length} must hold; got {start=}, {end=}")
+    pieces = [np.empty(0, dtype=np.uint8)]
+    for part in placed.cut(start, end):
+        bases = _read(store, placed.record, part.start, part.end)
         pieces.append(reverse_complement(bases) if part.strand == "-" else bases)
     return np.concatenate(pieces)
+
+
+def fetch_mask(
+    store: SequenceStore, placed: Placed, start: int = 0, end: int | None = None
+) -> Bool[ndarray, "T"]:
+    """Say which of the bases that `fetch` cuts are soft-masked."""
+    end = placed.length if end is None else end
+    pieces = [np.empty(0, dtype=bool)]
+    for part in placed.cut(start, end):
+        length = int(store.lengths[placed.record])
+        low, high = min(max(part.start, 0), length), max(min(part.end, length), 0)
+        mask = np.zeros(part.end - part.start, dtype=bool)
+        if low < high:
+            mask[low - part.start : high - part.start] = store.mask(placed.record, low, high)
+        pieces.append(mask[::-1] if part.strand == "-" else mask)
+    return np.concatenate(pieces)
+
+
+def _read(store: SequenceStore, record: int, start: int, end: int) -> UInt8[ndarray, "T"]:
+    """Read bases of a record, N where there is none."""
+    length = int(store.lengths[record])
+    low, high = min(max(start, 0), length), max(min(end, length), 0)
+    bases = np.full(end - start, _N, dtype=np.uint8)
+    if low < high:
+        bases[low - start : high - start] = store.read(record, low, high)
+    return bases
 
 
 def _circular(file: IntervalFile, store: SequenceStore, contigs: ContigMatch) -> set[int]:

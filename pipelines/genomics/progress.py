@@ -1,0 +1,54 @@
+"""How far reading is: a bar on a terminal, a plain line every ten seconds elsewhere."""
+
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipelines.genomics.opening import Source
+
+_SECONDS = 10.0
+
+
+class Progress:
+    """Bytes of the files that are read one after the other; nothing in the first two seconds."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._terminal = sys.stderr.isatty()
+        self._next_line = time.monotonic() + _SECONDS
+        self._bar: tqdm[None] | None = None
+        self._source: Source | None = None
+
+    def open(self, source: Source) -> None:
+        """Go on with another file."""
+        self.close()
+        self._source = source
+        self._bar = tqdm(
+            desc=Path(source.name).name,
+            total=source.size,
+            unit="B",
+            unit_scale=True,
+            delay=2.0,
+            disable=not (self._shown and self._terminal),
+        )
+
+    def update(self, num_records: int) -> None:
+        """Say how many records are done."""
+        if self._bar is None or self._source is None:
+            return
+        position = self._source.position()
+        self._bar.set_postfix_str(f"{num_records:,} records", refresh=False)
+        self._bar.update(position - self._bar.n)
+        if self._shown and not self._terminal and time.monotonic() >= self._next_line:
+            share = f", {position / self._source.size:.0%}" if self._source.size else ""
+            text = f"reading {self._source.name}: {num_records:,} records{share}"
+            print(text, file=sys.stderr, flush=True)
+            self._next_line += _SECONDS
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
