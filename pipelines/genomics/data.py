@@ -3,20 +3,25 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipelines.genomics.alphabet import reverse_complement
 from pipelines.genomics.store import SequenceStore
+from pipelines.genomics.tokenizers import BaseTokenizer, Tokenizer
 from pipelines.shared.batch import Example
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import read_labels
+
+if TYPE_CHECKING:
+    from pipelines.genomics.sampler import ShardSampler
 
 COLUMNS = ("id", "label", "group", "split")
 """What a table of labels says of a record; the columns have these names unless others are given."""
@@ -60,11 +65,14 @@ class WindowDataset(Dataset[Example]):
     """Windows of a store's records as examples; the windows of one record stand together.
 
     `records` are indices into the store, `targets` one class per record of them (None: to
-    predict). An example's coordinates count the bases of its window from 0, its group is the
-    record's id, its record the index in the store. With `reverse_complement`, a window is read
-    from the other strand with probability 0.5; with `shuffle_positions`, its coordinates are
-    permuted (an ablation: composition stays, arrangement goes). Both depend on (seed, epoch,
-    index) alone.
+    predict). An example's coordinates count the bases of its window from 0 (with a tokenizer: the
+    first base of each token), its group is the record's id, its record the index in the store.
+    With `reverse_complement`, half of the windows are read from the other strand; with
+    `shuffle_positions`, coordinates are permuted (an ablation: composition stays, arrangement
+    goes). Both depend on (seed, epoch, index) alone.
+
+    Training takes whole batches of a `ShardSampler` over these windows; reading one by one, as
+    here, is for validation and test.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class WindowDataset(Dataset[Example]):
         overlap: int = 0,
         reverse_complement: bool = False,
         shuffle_positions: bool = False,
+        tokenizer: Tokenizer | None = None,
         seed: int = 0,
     ) -> None:
         if targets is not None and len(targets) != len(records):
@@ -84,45 +93,80 @@ class WindowDataset(Dataset[Example]):
         self.store = store
         self.reverse_complement = reverse_complement
         self.shuffle_positions = shuffle_positions
+        self.tokenizer = None if isinstance(tokenizer, BaseTokenizer) else tokenizer
         self.seed = seed
-        windows = [
-            (position, start, end)
-            for position, record in enumerate(records)
-            for start, end in cut_windows(int(store.lengths[record]), context, overlap)
-        ]
-        position, self.starts, self.ends = np.array(windows, dtype=np.int64).reshape(-1, 3).T
-        self.records = np.asarray(records, dtype=np.int64)[position]
-        self.targets = None if targets is None else np.asarray(targets, dtype=np.int64)[position]
+        chosen = np.asarray(records, dtype=np.int64)
+        places, self.starts, self.ends = cut_windows(store.lengths[chosen], context, overlap)
+        self.records = chosen[places]
+        self.targets = None if targets is None else np.asarray(targets, dtype=np.int64)[places]
         # Shared memory, so that workers which live on see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._flips: tuple[int, Bool[ndarray, "W"]] | None = None
 
     @property
     def lengths(self) -> list[int]:
-        """Bases of each window."""
+        """Bases of each window, which its tokens do not exceed."""
         lengths: list[int] = (self.ends - self.starts).tolist()
         return lengths
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch's augmentations are drawn."""
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other augmentations from now on."""
         self._epoch.fill_(epoch)
+
+    def flips(self) -> Bool[ndarray, "W"]:
+        """Say which windows this epoch reads from the other strand."""
+        epoch = self.epoch
+        if self._flips is None or self._flips[0] != epoch:
+            coins = np.random.default_rng((self.seed, epoch)).random(len(self), dtype=np.float32)
+            self._flips = epoch, (coins < 0.5) & self.reverse_complement
+        return self._flips[1]
+
+    def coords(self, index: int, count: int) -> Int64[ndarray, "T"]:
+        """Count a window's bases from 0, in this epoch's order."""
+        if not self.shuffle_positions:
+            return np.arange(count, dtype=np.int64)
+        return np.random.default_rng((self.seed, self.epoch, index)).permutation(count)
+
+    def batches(
+        self,
+        *,
+        max_tokens: int,
+        max_sequences: int | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> "ShardSampler":
+        """Make the batches of the present epoch, read shard by shard."""
+        from pipelines.genomics.sampler import ShardSampler
+
+        return ShardSampler(
+            self,
+            max_tokens=max_tokens,
+            max_sequences=max_sequences,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
         record = int(self.records[index])
-        tokens = self.store.read(record, int(self.starts[index]), int(self.ends[index]))
-        coords = np.arange(tokens.size, dtype=np.int64)
-        if self.reverse_complement or self.shuffle_positions:
-            generator = np.random.default_rng((self.seed, int(self._epoch), index))
-            flipped = generator.random() < 0.5
-            if self.reverse_complement and flipped:
-                tokens = reverse_complement(tokens)
-            if self.shuffle_positions:
-                coords = generator.permutation(coords)
+        bases = self.store.read(record, int(self.starts[index]), int(self.ends[index]))
+        if self.flips()[index]:
+            bases = reverse_complement(bases)
+        coords = self.coords(index, bases.size)
+        inputs = bases
+        if self.tokenizer is not None:
+            tokens = self.tokenizer.encode(bases)
+            inputs, coords = tokens.ids, coords[tokens.starts]
         name = self.store.ids[record]
         return Example(
-            inputs=torch.from_numpy(tokens),
+            inputs=torch.from_numpy(inputs),
             coords=torch.from_numpy(coords)[:, None],
             target=None if self.targets is None else int(self.targets[index]),
             id=name,
@@ -131,19 +175,25 @@ class WindowDataset(Dataset[Example]):
         )
 
 
-def cut_windows(length: int, context: int, overlap: int = 0) -> list[tuple[int, int]]:
-    """Cover [0, length) with windows of `context` bases, neighbours sharing at least `overlap`.
+def cut_windows(
+    lengths: Int64[ndarray, "R"], context: int, overlap: int = 0
+) -> tuple[Int64[ndarray, "W"], Int64[ndarray, "W"], Int64[ndarray, "W"]]:
+    """Cover records with windows of `context` bases, neighbours sharing at least `overlap`.
 
-    A record no longer than the context is one window of its own length. Of a longer one, the
-    last window is shifted inwards, so that every window is full.
+    Returns which of `lengths` each window lies in, and its start and end there. A record no longer
+    than the context is one window of its own length. Of a longer one, the last window is shifted
+    inwards, so that every window is full.
     """
     if not 0 <= overlap < context:
         raise ValueError(f"0 <= overlap < context must hold; got {overlap=}, {context=}")
-    if length <= context:
-        return [(0, length)]
+    lengths = np.asarray(lengths, dtype=np.int64)
     step = context - overlap
-    starts = [*range(0, length - context, step), length - context]
-    return [(start, start + context) for start in starts]
+    counts = 1 + np.maximum(0, -(-(lengths - context) // step))
+    places = np.repeat(np.arange(lengths.size), counts)
+    number = np.arange(places.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    last = np.maximum(lengths - context, 0)[places]
+    starts = np.minimum(number * step, last)
+    return places, starts, np.minimum(starts + context, lengths[places])
 
 
 def average_windows(

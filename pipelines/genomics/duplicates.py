@@ -73,8 +73,12 @@ def find_copies(
 
 def digest_either_strand(tokens: UInt8[ndarray, "T"]) -> bytes:
     """Name a sequence by 16 bytes that its reverse complement has too."""
-    strands = (tokens, reverse_complement(tokens))
-    return min(hashlib.blake2b(strand.tobytes(), digest_size=16).digest() for strand in strands)
+    return min(digest(tokens), digest(reverse_complement(tokens)))
+
+
+def digest(tokens: UInt8[ndarray, "T"]) -> bytes:
+    """Name a sequence, as it stands, by 16 bytes."""
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def settle_copies(copies: Sequence[Sequence[int]], chosen: Chosen, policy: Policy) -> Settled:
