@@ -15,7 +15,7 @@ NUM_BASES = 4
 _COMPLEMENTS = "TGCANYRSWMKVHDB"
 _BAD = 255
 _PADDING_SIGN = "-"
-_PROTEIN_LETTERS = b"EFILPQZJOX"
+PROTEIN_LETTERS = b"EFILPQZJOX"
 
 
 class BadCharacterError(ValueError):
@@ -79,7 +79,7 @@ def looks_like_protein(text: str | bytes, *, threshold: float = 0.1) -> bool:
     kinds (X alone is how some tools mask DNA). Real proteins have about a third.
     """
     raw = to_bytes(text).upper()
-    counts = [raw.count(letter) for letter in _PROTEIN_LETTERS]
+    counts = [raw.count(letter) for letter in PROTEIN_LETTERS]
     kinds = sum(count > 0 for count in counts)
     return kinds >= 2 and sum(counts) > threshold * len(raw)
 

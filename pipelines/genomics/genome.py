@@ -1,196 +1,325 @@
-"""FASTA records as tokens: plain, gzip or block gzip, streamed, refused clearly when damaged."""
+"""Records of DNA from a file of any format, stdin, or a folder of them; one held at a time."""
 
-import gzip
-import io
-import zlib
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import BinaryIO, TextIO, cast
+from typing import Literal
 
-from Bio.SeqIO.FastaIO import SimpleFastaParser
-from jaxtyping import UInt8
+from Bio import SeqIO
+from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
-from pipelines.genomics.alphabet import (
-    BadCharacterError,
-    count_lower,
-    count_uracil,
-    encode,
-    looks_like_protein,
-    to_bytes,
-)
+from pipelines.genomics.alphabet import encode
+from pipelines.genomics.fasta import split_records
+from pipelines.genomics.folders import Part, list_parts
+from pipelines.genomics.formats import TABLES, WANTED, Format, seekable, tell_format
+from pipelines.genomics.genbank import split_genbank
+from pipelines.genomics.letters import LetterError, Letters, Reading, read_letters
+from pipelines.genomics.opening import STDIN, Source, open_source, reading_errors
+from pipelines.genomics.sequence_tables import Columns, read_rows
 from pipelines.shared.errors import InputError
 
-_GZIP_MAGIC = b"\x1f\x8b"
-_START_BYTES = 1 << 16
-_UTF8_BOM = b"\xef\xbb\xbf"
-_BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
-"""The empty block that ends every block-gzip file (SAM specification, section 4.1.2)."""
+HEADER_LABEL = r"\|([^|\s]+)\s*$"
+"""Where the label stands in FASTA headers of a folder by splits: after the last bar."""
 
-_OTHER_FORMATS = {
-    b"PK\x03\x04": "a zip archive; unpack it",
-    b"BZh": "bzip2; unpack it or compress with gzip",
-    b"\xfd7zXZ": "xz; unpack it or compress with gzip",
-    b"\x28\xb5\x2f\xfd": "zstd; unpack it or compress with gzip",
-    b"LOCUS": "GenBank; convert it to FASTA",
-    b"@": "FASTQ or SAM; convert it to FASTA",
-    b"\x43\x27\x41\x1a": "2bit; convert it with twoBitToFa",
-}
+
+class RecordError(InputError):
+    """A record that cannot be read, while others of its file can."""
+
+    def __init__(self, raw: "RawRecord", problem: str, remedy: str) -> None:
+        super().__init__(f"{raw.where}{problem}; {remedy}")
+        self.id, self.file = raw.id, raw.place.file
+        self.problem, self.remedy = problem.removeprefix(":").strip(), remedy
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record stands: its file, and its number from 1 there."""
+
+    file: str
+    number: int
+    unit: Literal["record", "row"] = "record"
+    """Rows are those of a table, its header being row 1."""
+
+
+@dataclass(slots=True)
+class RawRecord:
+    """One record as it stands in its file, its characters not looked at."""
+
+    place: Place
+    id: str
+    description: str
+    letters: bytes | memoryview
+    circular: bool = False
+    label: str | None = None
+    group: str | None = None
+    split: str | None = None
+    problem: str | None = None
+    """Why the letters cannot be used, where the format says so."""
+
+    @property
+    def where(self) -> str:
+        """File, number and id, for messages."""
+        name = f" ({self.id!r})" if self.id else ""
+        return f"{self.place.file}: {self.place.unit} {self.place.number:,}{name}"
+
+
+@dataclass
 class Record:
-    """One FASTA record; `number` counts from 1 in the file."""
+    """One record of DNA; `number` counts from 1 in its file."""
 
     id: str
     description: str
-    tokens: UInt8[ndarray, "T"]
+    letters: Letters
     number: int
-    lower: int
-    """Letters that stood in lower case."""
-    uracil: int
-    """U letters, read as T."""
+    circular: bool = False
+    """Whether its end joins its beginning: only GenBank says so."""
+    label: str | None = None
+    group: str | None = None
+    split: str | None = None
+    place: Place | None = None
+    """Where it stands, for messages."""
+
+    @cached_property
+    def tokens(self) -> UInt8[ndarray, "T"]:
+        """The letters as tokens of `alphabet`."""
+        return encode(self.letters.text.tobytes())
+
+    @property
+    def mask(self) -> Int64[ndarray, "R 2"]:
+        """Runs of letters that stood in lower case, 0-based half-open."""
+        return self.letters.mask
+
+    @property
+    def lower(self) -> int:
+        """Letters that stood in lower case."""
+        return self.letters.counts.get("lower", 0)
+
+    @property
+    def uracil(self) -> int:
+        """U letters, read as T."""
+        return self.letters.counts.get("uracil", 0)
 
 
-def read_fasta(path: str | Path) -> Generator[Record]:
-    """Yield the records of a FASTA file (plain, .gz or .bgz: told by content, not by name).
+def read_records(
+    path: str | Path, *, reading: Reading | None = None, columns: Columns | None = None
+) -> Generator[Record]:
+    """Yield the records of a file, of stdin (`-`) or of a folder by splits.
 
-    One record is held at a time. Raises InputError, with file, record, position and remedy, for
-    a file that is missing, empty, cut short, damaged, no FASTA, or protein, and for a record
-    without an id, without sequence, with a second record's id, or with other than DNA letters.
+    The format is told by what the file holds: FASTA, GenBank, 2bit, a table (CSV, TSV, workbook,
+    Parquet) with a sequence column; plain, gzip or BGZF. Raises InputError, naming file, record or
+    row, position and remedy, for a file that is missing, empty, cut short, damaged or of another
+    format, and for a record that cannot be read; with `bad_records="skip"` such a record is left
+    out.
     """
-    path = Path(path)
-    _check_file(path)
-    numbers: dict[str, int] = {}
-    number = 0
-    with _open_text(path) as handle, _reading_errors(path, numbers):
-        for number, (title, sequence) in enumerate(SimpleFastaParser(handle), start=1):
-            record = _parse_record(path, number, title, sequence)
-            if record.id in numbers:
-                raise InputError(
-                    f"{path}: records {numbers[record.id]:,} and {number:,} have the same id "
-                    f"{record.id!r}; give each record its own id"
-                )
-            numbers[record.id] = number
-            yield record
-    if number == 0:
-        raise InputError(f"{path}: no records, only blank lines; give a FASTA file")
+    reading = reading or Reading()
+    names = Ids(reading)
+    for raw in read_raw_records(path, columns=columns, label_pattern=reading.label_pattern):
+        try:
+            record = parse_record(raw, reading)
+            if not names.admit(record):
+                continue
+        except RecordError:
+            if reading.bad_records == "error":
+                raise
+            continue
+        yield record
 
 
-def _parse_record(path: Path, number: int, title: str, sequence: str) -> Record:
+def read_raw_records(
+    path: str | Path,
+    *,
+    columns: Columns | None = None,
+    label_pattern: str | None = None,
+    opened: Callable[[Source, Format], None] | None = None,
+) -> Generator[RawRecord]:
+    """Yield the records as they stand in the file or folder; `opened` is told of each file."""
+    folder = Path(path)
+    is_folder = str(path) != STDIN and folder.is_dir()
+    parts = list_parts(folder) if is_folder else [Part(folder)]
+    if is_folder and label_pattern is None:
+        label_pattern = HEADER_LABEL
+    opened = opened or (lambda source, kind: None)
+    for part in parts:
+        if part.id is not None:
+            yield _read_text(part)
+            continue
+        with open_source(path if not is_folder else part.path, wanted=WANTED) as source:
+            kind = tell_format(source)
+            opened(source, kind)
+            if columns and columns.where and kind not in TABLES:
+                raise InputError(f"{source.name} is {kind}: where= chooses among rows of a table")
+            found = _read_source(source, kind, columns or Columns(), label_pattern)
+            with closing(_named_errors(found, source.name)) as records:
+                for raw in records:
+                    if part.split is not None:
+                        raw.split = part.split
+                        raw.id = f"{part.split}:{raw.id}" if raw.place.unit == "row" else raw.id
+                    yield raw
+
+
+def parse_record(raw: RawRecord, reading: Reading) -> Record:
+    """Read a record's characters; raises RecordError where it cannot be used."""
+    if not raw.id:
+        raise RecordError(raw, " has no id", "write one, in FASTA after its '>'")
+    if raw.problem is not None:
+        problem, _, remedy = raw.problem.partition("; ")
+        raise RecordError(raw, f" {problem}", remedy or "correct or remove it")
+    try:
+        letters = read_letters(raw.letters, reading)
+    except LetterError as error:
+        raise RecordError(raw, str(error), error.remedy) from None
+    if letters.text.size == 0:
+        raise RecordError(raw, *_NOTHING[raw.place.unit])
+    if letters.text.size < reading.min_length:
+        raise RecordError(
+            raw,
+            f" has {letters.text.size:,} bases, fewer than reading.min_length={reading.min_length}",
+            "remove it, or leave such records out with reading.bad_records=skip",
+        )
+    return Record(
+        raw.id,
+        raw.description,
+        letters,
+        raw.place.number,
+        raw.circular,
+        raw.label,
+        raw.group,
+        raw.split,
+        raw.place,
+    )
+
+
+_NOTHING = {
+    "record": (" has a header but no sequence", "remove it or add its letters"),
+    "row": (" has no sequence", "fill it in or drop the row"),
+}
+
+
+class Ids:
+    """The ids that were seen, and what is done with one that stands twice."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._policy = reading.duplicate_ids
+        self._seen: dict[str, Place | None] = {}
+        self.repeated: list[tuple[str, str]] = []
+        """Each repeated id, and the two places where it stands."""
+
+    def admit(self, record: Record) -> bool:
+        """Tell whether the record stays, under another id maybe; raises InputError if refused."""
+        if record.id not in self._seen:
+            self._seen[record.id] = record.place
+            return True
+        places = _two_places(self._seen[record.id], record.place)
+        self.repeated.append((record.id, places))
+        if self._policy == "error":
+            raise InputError(
+                f"{places} have the same id {record.id!r}; give each record its own id, or use "
+                "reading.duplicate_ids=first or suffix"
+            )
+        if self._policy == "first":
+            return False
+        numbered = (f"{record.id}.{number}" for number in count(2))
+        record.id = next(name for name in numbered if name not in self._seen)
+        self._seen[record.id] = record.place
+        return True
+
+
+def _two_places(first: Place | None, second: Place | None) -> str:
+    assert first is not None, "a record that was read has a place"
+    assert second is not None, "a record that was read has a place"
+    if (first.file, first.unit) == (second.file, second.unit):
+        return f"{first.file}: {first.unit}s {first.number:,} and {second.number:,}"
+    places = [f"{place.unit} {place.number:,} of {place.file}" for place in (first, second)]
+    return " and ".join(places)
+
+
+def _named_errors(records: Iterator[RawRecord], name: str) -> Generator[RawRecord]:
+    last: RawRecord | None = None
+
+    def where() -> str:
+        if last is None:
+            return "before the first record was read"
+        return f"after {last.place.unit} {last.place.number:,} ({last.id!r})"
+
+    with reading_errors(name, where):
+        for raw in records:
+            last = raw
+            yield raw
+
+
+def _read_source(
+    source: Source, kind: Format, columns: Columns, label_pattern: str | None
+) -> Iterator[RawRecord]:
+    if kind == "fasta":
+        return _read_fasta(source, label_pattern)
+    if kind == "genbank":
+        return _read_genbank(source)
+    if kind == "2bit":
+        return _read_twobit(source)
+    return _read_table(source, kind, columns)
+
+
+def _read_fasta(source: Source, label_pattern: str | None) -> Iterator[RawRecord]:
+    pattern = label_pattern and re.compile(label_pattern)
+    for number, (title, letters) in enumerate(split_records(source.stream), start=1):
+        name, _, description = title.partition(" ") if "\t" not in title else _split_title(title)
+        match = pattern.search(title) if pattern else None
+        label = match[1] if match else None
+        place = Place(source.name, number)
+        yield RawRecord(place, name, description.strip(), letters, label=label)
+
+
+def _split_title(title: str) -> tuple[str, str, str]:
     words = title.split(maxsplit=1)
-    if not words:
-        raise InputError(f"{path}: record {number:,} has no id; write one after its '>'")
-    name, description = words[0], words[1] if len(words) > 1 else ""
-    where = f"{path}: record {number:,} ({name!r})"
-    if not sequence:
-        raise InputError(f"{where} has a header but no sequence; remove it or add its letters")
-    try:
-        tokens = encode(sequence)
-    except BadCharacterError as error:
-        raise InputError(f"{where}{_describe_bad_letter(sequence, error)}") from None
-    raw = to_bytes(sequence)
-    return Record(name, description, tokens, number, count_lower(raw), count_uracil(raw))
+    return words[0] if words else "", "", words[1] if len(words) > 1 else ""
 
 
-def _describe_bad_letter(sequence: str, error: BadCharacterError) -> str:
-    found = f"{error.character!r} at position {error.position:,}"
-    if looks_like_protein(sequence):
-        return f" looks like protein, not DNA ({found}); give nucleotide sequences"
-    remedies = {">": "put a line break before it", "-": "remove gaps", ".": "remove gaps"}
-    return f": {found} is no DNA letter; {remedies.get(error.character, 'remove it or write N')}"
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give one FASTA file")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path of the FASTA file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty; give a FASTA file")
-
-
-@contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
-    """Open as text, unpacked where needed, after a look at the first bytes."""
-    compressed = _check_compression(path)
-    with (
-        gzip.open(path, "rb") if compressed else path.open("rb", buffering=0) as stream,
-        io.BufferedReader(cast(io.FileIO, stream), buffer_size=1 << 20) as raw,
-    ):
-        with _reading_errors(path, {}):
-            _check_start(path, raw.peek(_START_BYTES)[:_START_BYTES])
-        with io.TextIOWrapper(raw, encoding="utf-8-sig") as handle:
-            yield handle
-
-
-def _check_compression(path: Path) -> bool:
-    try:
-        with path.open("rb") as handle:
-            compressed = handle.read(2) == _GZIP_MAGIC
-            if compressed:
-                _check_bgzf_end(path, handle)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check its rights") from error
-    return compressed
-
-
-def _check_bgzf_end(path: Path, handle: BinaryIO) -> None:
-    """Refuse block gzip without its end block: cut between blocks it unpacks without error."""
-    handle.seek(0)
-    header = handle.read(18)
-    is_bgzf = len(header) == 18 and header[3] & 4 and header[12:14] == b"BC"
-    if not is_bgzf:
-        return
-    handle.seek(max(0, path.stat().st_size - len(_BGZF_END)))
-    if handle.read() != _BGZF_END:
-        raise InputError(
-            f"{path} is cut short: block gzip without its end marker; copy or compress it again"
+def _read_genbank(source: Source) -> Iterator[RawRecord]:
+    for number, record in enumerate(split_genbank(source.stream, source.name), start=1):
+        name, _, description = record.title.partition(" ")
+        yield RawRecord(
+            Place(source.name, number),
+            name,
+            description,
+            record.letters,
+            circular=record.circular,
+            problem=record.problem,
         )
 
 
-def _check_start(path: Path, start: bytes) -> None:
-    if not start:
-        raise InputError(f"{path} is empty once unpacked; give a FASTA file")
-    for magic, kind in _OTHER_FORMATS.items():
-        if start.startswith(magic):
-            raise InputError(f"{path} is no FASTA file but {kind}")
-    if b"\0" in start:
-        raise InputError(f"{path} holds binary data, not text; give a FASTA file")
-    lines = start.removeprefix(_UTF8_BOM).splitlines()
-    for number, line in enumerate(lines, start=1):
-        if line.startswith(b">"):
-            return
-        if line.strip():
-            shown = line[:40].decode("utf-8", errors="replace")
-            raise InputError(
-                f"{path}: line {number} has text before the first record: {shown!r}; "
-                "a FASTA record begins with '>'; remove what stands before it"
-            )
-
-
-@contextmanager
-def _reading_errors(path: Path, numbers: dict[str, int]) -> Iterator[None]:
-    """Turn what a damaged file raises into InputErrors that say how far reading came."""
+def _read_twobit(source: Source) -> Iterator[RawRecord]:
     try:
-        yield
-    except EOFError as error:
-        reason, remedy = "gzip data cut short", "copy or compress it again"
-        raise InputError(f"{path}: {reason} {_after(numbers)}; {remedy}") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        reason, remedy = f"damaged gzip data ({error})", "copy or compress it again"
-        raise InputError(f"{path}: {reason} {_after(numbers)}; {remedy}") from error
-    except UnicodeDecodeError as error:
-        reason, remedy = "bytes that are no UTF-8 text", "save it as UTF-8 or repair it"
-        raise InputError(f"{path}: {reason} {_after(numbers)}; {remedy}") from error
+        for number, record in enumerate(SeqIO.parse(seekable(source), "twobit"), start=1):
+            yield RawRecord(Place(source.name, number), record.id, "", bytes(record.seq))
+    except (ValueError, EOFError, RuntimeError, OverflowError, MemoryError) as error:
+        raise InputError(
+            f"{source.name} is a damaged or unknown 2bit file ({error}); copy it again"
+        ) from error
+
+
+def _read_table(source: Source, kind: Format, columns: Columns) -> Iterator[RawRecord]:
+    for row in read_rows(source, kind, columns):
+        yield RawRecord(
+            Place(source.name, row.number, "row"),
+            row.id,
+            "",
+            row.sequence.encode("utf-8"),
+            label=row.label,
+            group=row.group,
+            split=row.split,
+        )
+
+
+def _read_text(part: Part) -> RawRecord:
+    try:
+        letters = part.path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}) {_after(numbers)}") from error
-
-
-def _after(numbers: dict[str, int]) -> str:
-    if not numbers:
-        return "before the first record was read"
-    name, number = next(reversed(numbers.items()))
-    return f"after record {number:,} ({name!r})"
+        raise InputError(f"{part.path} cannot be read: {error.strerror}") from error
+    return RawRecord(
+        Place(str(part.path), 1), part.id or "", "", letters, label=part.label, split=part.split
+    )

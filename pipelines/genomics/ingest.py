@@ -1,11 +1,77 @@
-"""`ingest`: sequences of any format into the store that everything else reads."""
+"""`ingest`: sequences of any format into the store that everything else reads.
 
-from collections.abc import Mapping
+A store appears when it is complete: it is written beside its place and renamed. An ingest that was
+interrupted, killed too, leaves nothing that matters; the same command starts anew. One that finds
+its store made from equal bytes with equal settings ends at once.
+"""
+
+import getpass
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pipelines.genomics.store import SequenceStore, ingest
+from filelock import FileLock
+
+from pipelines.genomics.folders import list_parts
+from pipelines.genomics.formats import TABLES, Format
+from pipelines.genomics.genome import (
+    Ids,
+    RawRecord,
+    Record,
+    RecordError,
+    parse_record,
+    read_raw_records,
+)
+from pipelines.genomics.ingest_report import Tally, notes_of
+from pipelines.genomics.letters import Reading
+from pipelines.genomics.opening import STDIN, Source
+from pipelines.genomics.progress import Progress
+from pipelines.genomics.sequence_tables import ROLES, Columns
+from pipelines.genomics.store import SCHEMA, SequenceStore, open_group, read_schema
+from pipelines.genomics.store_writer import Packed, StoreWriter, pack_letters
 from pipelines.shared.errors import InputError
+from pipelines.shared.tables import Failure, write_failures
+
+REPORT = "ingest_report.json"
+FAILURES = "failures.csv"
+
+_BATCH_BYTES = 4 << 20
+_MOST_WORKERS = 8
+
+
+def run(config: dict[str, Any]) -> int:
+    """Ingest as the verb says; 0, or 3 if records could not be read and were left out."""
+    columns = Columns(config["columns"], config["where"])
+    reading = Reading.from_config(config["reading"])
+    sequences = config["sequences"]
+    if config["dry_run"]:
+        checked = _check(sequences, reading, columns, progress=config["progress"])
+        print(f"{checked.tally.counts()}\n{config['store']} would be written; nothing was")
+        return 3 if checked.failures else 0
+    store = ingest(
+        sequences,
+        config["store"],
+        reading=reading,
+        columns=columns,
+        num_workers=config["num_workers"],
+        progress=config["progress"],
+    )
+    report = read_report(store)
+    print(f"{store.counts}\nstore        {store.path}\nreport       {store.path / REPORT}")
+    if report["failures"]:
+        print(f"{report['failures']:,} records could not be read: {store.path / FAILURES}")
+    return 3 if report["failures"] else 0
 
 
 def require_input(config: Mapping[str, Any]) -> None:
@@ -19,13 +85,303 @@ def provide_store(
 ) -> SequenceStore:
     """Return the store that a verb works on, made first where it is missing.
 
-    `sequences` is ingested into `store`, or into OUT/store; `store` alone is taken as it is.
-    Raises InputError for what `ingest` refuses.
+    `sequences` is ingested into `store`, or into OUT/store; `store` alone is taken as it is. With
+    `require_labels`, the labels are those that stand beside the sequences. Raises InputError for
+    what `ingest` refuses, and where labels are required and there are none.
     """
     if config["sequences"] is None:
         store = SequenceStore(config["store"])
     else:
-        store = ingest(Path(config["sequences"]), Path(config["store"] or out / "store"))
+        names = dict(config["columns"])
+        if not require_labels:
+            names = {role: names[role] for role in ("id", "sequence")}
+        store = ingest(
+            config["sequences"],
+            config["store"] or out / "store",
+            reading=Reading.from_config(config["reading"]),
+            columns=Columns(names, config.get("where", {}) if require_labels else {}),
+        )
     if require_labels:
         store.label_table()
     return store
+
+
+def ingest(
+    sequences: str | Path,
+    store: str | Path,
+    *,
+    reading: Reading | None = None,
+    columns: Columns | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> SequenceStore:
+    """Write the records of a file, a folder or stdin into a store, or reuse an equal one.
+
+    `num_workers` threads pack and write (0: one per core, at most eight); the store is the same
+    for any number. Raises InputError for what `read_records` refuses, where no record is left, and
+    when the store cannot be written or something else stands in its place.
+    """
+    store = Path(store)
+    if store.exists() and read_schema(store) is None:
+        raise InputError(f"{store} exists and is no sequence store; remove it or name another")
+    job = _Job(sequences, reading or Reading(), columns or Columns(), progress)
+    records = job.records()
+    first = next(records, None)  # refuses what cannot be opened before anything is written
+    with _alone(store):
+        digest = None
+        if store.exists():
+            digest = job.digest_source()
+            if _is_current(store, digest, job.settings):
+                records.close()
+                return SequenceStore(store)
+        aside, outdated = _beside(store, "partial"), _beside(store, "old")
+        for stale in (aside, outdated):
+            shutil.rmtree(stale, ignore_errors=True)
+        try:
+            _write(job, aside, chain([first] if first else [], records), digest, num_workers)
+            if store.exists():
+                os.replace(store, outdated)
+            os.replace(aside, store)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(
+                f"store={store} cannot be written ({reason}); free space or give another folder"
+            ) from error
+        finally:
+            records.close()
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(outdated, ignore_errors=True)
+    return SequenceStore(store)
+
+
+def read_report(store: SequenceStore) -> dict[str, Any]:
+    """Read the report of the ingest that wrote a store."""
+    report: dict[str, Any] = json.loads((store.path / REPORT).read_text(encoding="utf-8"))
+    return report
+
+
+@dataclass(slots=True)
+class _Job:
+    """One ingest: what is read and how, and what has been found so far."""
+
+    sequences: str | Path
+    reading: Reading
+    columns: Columns
+    progress: bool
+    names: Ids = field(init=False)
+    tally: Tally = field(default_factory=Tally)
+    failures: list[Failure] = field(default_factory=list)
+    formats: dict[str, None] = field(default_factory=dict)
+    """Formats and compressions, in the order of their first file."""
+    bar: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = Ids(self.reading)
+        self.bar = Progress(shown=self.progress)
+
+    @property
+    def name(self) -> str:
+        """The file or folder, without what is above it."""
+        return "stdin" if str(self.sequences) == STDIN else Path(self.sequences).name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the store depends on beside the sequences: columns only where there is a table."""
+        is_table = any(kind.split(",")[0] in TABLES for kind in self.formats)
+        names = {role: self.columns.name(role) for role in ROLES}
+        columns = {"names": names, "where": dict(self.columns.where)}
+        return {"reading": asdict(self.reading), "columns": columns if is_table else {}}
+
+    def records(self) -> Iterator[RawRecord]:
+        """The records as they stand in the input."""
+        return read_raw_records(
+            self.sequences,
+            columns=self.columns,
+            label_pattern=self.reading.label_pattern,
+            opened=self._opened,
+        )
+
+    def _opened(self, source: Source, kind: Format) -> None:
+        packed = "" if source.compression == "none" else f", {source.compression}"
+        self.formats[f"{kind}{packed}"] = None
+        self.bar.open(source)
+
+    def accept(self, found: "Record | RecordError") -> bool:
+        """Tell whether a record goes into the store; count it, or list why it does not."""
+        if isinstance(found, RecordError):
+            if self.reading.bad_records == "error":
+                raise found
+            name = found.id or found.file
+            self.failures.append(
+                Failure(name, found.file, "bad_record", found.problem, found.remedy)
+            )
+            return False
+        return self.names.admit(found)
+
+    def digest_source(self) -> str | None:
+        """SHA-256 of the file, or of the names and files of a folder; None for stdin."""
+        if str(self.sequences) == STDIN:
+            return None
+        path = Path(self.sequences)
+        if path.is_file():
+            return _digest_file(path)
+        digest = hashlib.sha256()
+        for part in list_parts(path):
+            digest.update(str(part.path.relative_to(path)).encode() + b"\0")
+            digest.update(_digest_file(part.path).encode())
+        return digest.hexdigest()
+
+    def report(self, digests: list[bytes], source: dict[str, Any], digest: str) -> dict[str, Any]:
+        """Everything that is known once all records are read."""
+        return {
+            "schema": SCHEMA,
+            "digest": digest,
+            "source": source,
+            "settings": self.settings,
+            "failures": len(self.failures),
+            **self.tally.report(digests, self.names),
+        }
+
+
+def _write(
+    job: _Job,
+    aside: Path,
+    records: Iterable[RawRecord],
+    source_digest: str | None,
+    num_workers: int,
+) -> None:
+    num_workers = num_workers or min(os.cpu_count() or 1, _MOST_WORKERS)
+    with ThreadPoolExecutor(num_workers) as workers:
+        try:
+            hashing = workers.submit(lambda: source_digest or job.digest_source())
+            writer = StoreWriter(aside, workers, num_workers=num_workers)
+            for record, packed in _packed(job, records, workers, num_workers):
+                writer.append(record, packed)
+                job.tally.add(record, _count_n_runs(packed))
+            _require_records(job)
+            source = {
+                "name": job.name,
+                "formats": list(job.formats),
+                "sha256": hashing.result(),
+            }
+            counts = asdict(job.tally.counts())
+            digest = writer.finish({"source": source, "settings": job.settings, "counts": counts})
+        except BaseException:
+            workers.shutdown(cancel_futures=True)
+            raise
+        finally:
+            job.bar.close()
+    report = job.report(writer.digests, source, digest)
+    (aside / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_failures(aside / FAILURES, job.failures, id_column="id")
+    for note in notes_of(report):
+        print(f"note: {job.name}: {note}")
+
+
+def _check(sequences: str, reading: Reading, columns: Columns, *, progress: bool) -> _Job:
+    """Read everything and write nothing."""
+    job = _Job(sequences, reading, columns, progress)
+    for raw in job.records():
+        found = _parse(raw, reading)
+        if job.accept(found if isinstance(found, RecordError) else found[0]):
+            record, packed = found
+            job.tally.add(record, _count_n_runs(packed))
+            job.bar.update(len(job.tally.ids))
+    job.bar.close()
+    _require_records(job)
+    for failure in job.failures:
+        print(f"{failure.path}: {failure.reason}; {failure.remedy}")
+    return job
+
+
+def _packed(
+    job: _Job, raws: Iterable[RawRecord], workers: Executor, num_workers: int
+) -> Iterator[tuple[Record, Packed]]:
+    """Parse and pack records in batches, by workers; they come back in their order."""
+    waiting: deque[Future[list[tuple[Record, Packed] | RecordError]]] = deque()
+
+    def finished(at_most: int) -> Iterator[tuple[Record, Packed]]:
+        while len(waiting) > at_most:
+            for found in waiting.popleft().result():
+                if isinstance(found, RecordError):
+                    job.accept(found)
+                elif job.accept(found[0]):
+                    yield found
+            job.bar.update(len(job.tally.ids))
+
+    for batch in _batches(raws):
+        waiting.append(workers.submit(_parse_batch, batch, job.reading))
+        yield from finished(num_workers)
+    yield from finished(0)
+
+
+def _batches(raws: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
+    batch: list[RawRecord] = []
+    size = 0
+    for raw in raws:
+        batch.append(raw)
+        size += len(raw.letters)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _parse_batch(
+    batch: list[RawRecord], reading: Reading
+) -> list[tuple[Record, Packed] | RecordError]:
+    return [_parse(raw, reading) for raw in batch]
+
+
+def _parse(raw: RawRecord, reading: Reading) -> tuple[Record, Packed] | RecordError:
+    try:
+        record = parse_record(raw, reading)
+    except RecordError as error:
+        return error
+    return record, pack_letters(record.letters)
+
+
+def _require_records(job: _Job) -> None:
+    if job.tally.ids:
+        return
+    if job.failures:
+        first = job.failures[0]
+        raise InputError(
+            f"{job.sequences}: none of {len(job.failures):,} records can be read; the first: "
+            f"{first.path} {first.reason}; {first.remedy}"
+        )
+    raise InputError(f"{job.sequences}: no records; give sequences, or where= that keeps some")
+
+
+def _count_n_runs(packed: Packed) -> int:
+    return int((packed.others[:, 2] == _N).sum()) if packed.others.size else 0
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _is_current(store: Path, digest: str | None, settings: dict[str, Any]) -> bool:
+    if digest is None or read_schema(store) != SCHEMA:
+        return False
+    attributes = open_group(store).attrs
+    return bool(attributes["source"]["sha256"] == digest and attributes["settings"] == settings)
+
+
+def _beside(store: Path, kind: str) -> Path:
+    """A place beside the store, one for each machine that may write to a shared disk."""
+    return store.with_name(f"{store.name}.{kind}-{platform.node()}")
+
+
+@contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """Wait until no other process of this machine and user writes the store."""
+    name = hashlib.sha256(str(store.absolute()).encode()).hexdigest()[:16]
+    place = Path(tempfile.gettempdir()) / f"gigasparse-{getpass.getuser()}-{name}.lock"
+    with FileLock(place):
+        yield
+
+
+_N = 5

@@ -1,13 +1,16 @@
-"""How far reading is: a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""How far a verb is: a bar on a terminal, a plain line every ten seconds elsewhere."""
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from pipelines.genomics.opening import Source
 
+T = TypeVar("T")
 _SECONDS = 10.0
 
 
@@ -52,3 +55,18 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def track(items: Iterable[T], *, total: int, label: str, unit: str) -> Iterator[T]:
+    """Yield items and say how many there were; nothing in the first two seconds."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=label, unit=f" {unit}", delay=2.0, file=sys.stderr)
+        return
+    start = last = time.monotonic()
+    for count, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= _SECONDS:
+            share = f"{count:,} of {total:,} {unit}"
+            print(f"{label}: {share}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            last = now

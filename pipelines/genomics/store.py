@@ -1,33 +1,39 @@
-"""A Zarr store of sequences: one flat axis of bases, records as offsets and lengths into it."""
+"""A Zarr store of sequences: one flat axis of bases, records as offsets and lengths into it.
 
-import hashlib
-import os
-import shutil
-import sys
-import time
+    bases             four bases to a byte (`packing`), records beginning at whole bytes
+    others/           start, length and token of the runs of letters that are not A C G T
+    soft_mask         where letters stood in lower case: gaps and runs in turn, as lengths
+    records/          offset, length, circular, digest, and as text: header, label (id, description;
+                      label, group, split: tabs between, a line each)
+    ingest_report.json, failures.csv   what was read, and what could not be
+
+Positions are bases on the flat axis, counted from 0. The content digest depends on the records
+alone: on their ids, descriptions, letters, soft mask, labels, groups and splits, in their order.
+"""
+
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pandas as pd
 import zarr
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from numpy import ndarray
-from tqdm import tqdm
 
-from pipelines.genomics.alphabet import LETTERS, NUM_BASES
-from pipelines.genomics.genome import Record, read_fasta
+from pipelines.genomics.alphabet import LETTERS, PADDING
+from pipelines.genomics.packing import PER_BYTE, unpack
 from pipelines.shared.errors import InputError
 
-SCHEMA = "gigasparse-sequences/1"
+SCHEMA = "gigasparse-sequences/2"
+CHUNK_BYTES = 1 << 18
+"""A million bases: what a read from a large store decodes at once."""
+SHARD_BYTES = 1 << 24
+"""64 million bases: what a sampler reads at once."""
 
-_CHUNK_BASES = 1 << 20
-_SHARD_BASES = 64 << 20
-_CACHED_CHUNKS = 256
+_CACHED_CHUNKS = 1024
 """Decoded chunks kept for a store too large to hold in memory: 256 MiB."""
+_SHORT_RUN = 32
 
 
 @dataclass(slots=True)
@@ -42,15 +48,6 @@ class LetterCounts:
     lower: int = 0
     uracil: int = 0
 
-    def add(self, record: Record) -> None:
-        """Count one more record."""
-        self.records += 1
-        self.bases += record.tokens.size
-        self.n += int(np.count_nonzero(record.tokens == NUM_BASES + 1))
-        self.iupac += int(np.count_nonzero(record.tokens > NUM_BASES + 1))
-        self.lower += record.lower
-        self.uracil += record.uracil
-
     def __str__(self) -> str:
         parts = [f"{self.records:,} records", f"{self.bases:,} bases"]
         noted = {"N": self.n, "IUPAC": self.iupac, "lower case": self.lower, "U": self.uracil}
@@ -61,76 +58,193 @@ class LetterCounts:
 class SequenceStore:
     """Read records, or stretches of them, from a store that `ingest` wrote.
 
-    A store of up to `memory_bytes` is read once, whole, on first use; of a larger one, decoded
-    chunks are kept. An instance may be sent to worker processes: each opens the store itself.
+    A store of up to `memory_bytes` is read once, whole, on first use (a human genome takes 0.8
+    GB); of a larger one, decoded chunks are kept. An instance may be sent to worker processes: each
+    opens the store itself.
     """
 
-    offsets: Int64[ndarray, "R"]
-    lengths: Int64[ndarray, "R"]
     ids: tuple[str, ...]
     descriptions: tuple[str, ...]
+    offsets: Int64[ndarray, "R"]
+    """Where each record begins on the flat axis: multiples of 4."""
+    lengths: Int64[ndarray, "R"]
+    circular: Bool[ndarray, "R"]
+    digests: UInt8[ndarray, "R 16"]
+    """Equal for records of equal letters, read on this strand; case and U do not matter."""
+    labels: tuple[str | None, ...]
+    groups: tuple[str | None, ...]
+    splits: tuple[str | None, ...]
+    """What stood beside the records in their table or folder."""
 
     def __init__(self, path: str | Path, *, memory_bytes: int = 1 << 30) -> None:
         self.path = Path(path)
         self.memory_bytes = memory_bytes
-        group = _open_group(self.path)
+        group = open_group(self.path)
         self.counts = LetterCounts(**group.attrs["counts"])
-        self.fingerprint = str(group.attrs["source"]["sha256"])
-        self.offsets = group["records/offset"][:]
-        self.lengths = group["records/length"][:]
-        headers = group["records/header"][:].tobytes().decode("utf-8").split("\n")[:-1]
-        names = [header.split("\t", 1) for header in headers]
+        self.fingerprint = str(group.attrs["digest"])
+        records = group["records"]
+        self.offsets, self.lengths = records["offset"][:], records["length"][:]
+        self.circular, self.digests = records["circular"][:], records["digest"][:]
+        names = _read_text(records["header"], 2)
         self.ids = tuple(name for name, _ in names)
         self.descriptions = tuple(description for _, description in names)
-        self._bases: zarr.Array | None = None
-        self._whole: ndarray | None = None
-        self._chunks: OrderedDict[int, ndarray] = OrderedDict()
+        beside = _read_text(records["label"], 3) or [("", "", "")] * len(names)
+        self.labels, self.groups, self.splits = (
+            tuple(value or None for value in column) for column in zip(*beside, strict=True)
+        )
+        others = group["others"]
+        self._others = (others["start"][:], others["length"][:], others["token"][:])
+        self._num_bytes = int(group["bases"].shape[0])
+        self._forget()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def read(self, record: int, start: int = 0, end: int | None = None) -> UInt8[ndarray, "T"]:
         """Copy the tokens [start, end) of one record; all of it by default."""
+        first, last = self._range(record, start, end)
+        if self._num_bytes <= self.memory_bytes:
+            packed = self._read_whole()[first // PER_BYTE : -(-last // PER_BYTE)]
+        else:
+            packed = self._read_chunks(first // PER_BYTE, -(-last // PER_BYTE))
+        return self._decode(packed, first, last)
+
+    def mask(self, record: int, start: int = 0, end: int | None = None) -> Bool[ndarray, "T"]:
+        """Tell which of the letters [start, end) of one record stood in lower case."""
+        first, last = self._range(record, start, end)
+        mask = np.zeros(last - first, dtype=np.bool_)
+        runs = self._soft_mask()
+        low, high = np.searchsorted(runs[:, 1], first, "right"), np.searchsorted(runs[:, 0], last)
+        for run_start, run_end in runs[low:high] - first:
+            mask[max(run_start, 0) : run_end] = True
+        return mask
+
+    def read_flat(self, start: int, end: int) -> UInt8[ndarray, "T"]:
+        """Read the tokens [start, end) of the flat axis at once, without keeping anything.
+
+        Between records, up to three positions are padding. Raises ValueError outside the axis.
+        """
+        if not 0 <= start <= end <= self.num_positions:
+            raise ValueError(f"0 <= start <= end <= {self.num_positions}; got {start=}, {end=}")
+        packed = np.asarray(self._array()[start // PER_BYTE : -(-end // PER_BYTE)])
+        tokens = self._decode(packed, start, end)
+        low, high = np.searchsorted(self.offsets, [start, end])
+        ends = self.offsets[max(low - 1, 0) : high] + self.lengths[max(low - 1, 0) : high]
+        _fill(tokens, ends - start, -ends % PER_BYTE, np.full(ends.size, PADDING, np.uint8))
+        return tokens
+
+    def read_packed(self, start: int, end: int) -> UInt8[ndarray, "P"]:
+        """Read bytes of the flat axis, four bases each, for who unpacks them himself.
+
+        The whole of a store that fits `memory_bytes` is kept; nothing of a larger one.
+        """
+        if self.fits_memory:
+            return self._read_whole()[start:end]
+        return np.asarray(self._array()[start:end])
+
+    @property
+    def fits_memory(self) -> bool:
+        """Tell whether the store is held in memory as a whole."""
+        return self._num_bytes <= self.memory_bytes
+
+    def other_runs(self) -> tuple[Int64[ndarray, "K 2"], UInt8[ndarray, "K"]]:
+        """The runs of letters that are not A C G T, half-open on the flat axis, and their tokens."""
+        starts, lengths, tokens = self._others
+        return np.stack([starts, starts + lengths], axis=1), tokens
+
+    def soft_runs(self) -> Int64[ndarray, "K 2"]:
+        """The runs of soft-masked bases, half-open, ascending, on the flat axis."""
+        return self._soft_mask()
+
+    @property
+    def num_positions(self) -> int:
+        """Length of the flat axis: all bases, and what pads records to whole bytes."""
+        return self._num_bytes * PER_BYTE
+
+    def shards(self) -> list[tuple[int, int]]:
+        """List the half-open ranges of the flat axis that are stored in one file each."""
+        step = SHARD_BYTES * PER_BYTE
+        return [
+            (start, min(start + step, self.num_positions))
+            for start in range(0, self.num_positions, step)
+        ]
+
+    def n_runs(self) -> Int64[ndarray, "K 2"]:
+        """The runs of N, half-open, on the flat axis."""
+        starts, lengths, tokens = self._others
+        is_n = tokens == LETTERS.index("N") + 1
+        return np.stack([starts[is_n], starts[is_n] + lengths[is_n]], axis=1)
+
+    def label_table(self) -> pd.DataFrame:
+        """Labels that came with the records, in the columns id, label, group, maybe split.
+
+        Records without a label are left out. Raises InputError where none came.
+        """
+        if not any(self.labels):
+            raise InputError(
+                f"{self.path} holds no labels: give labels=TABLE (columns id and label)"
+            )
+        columns = {"id": self.ids, "label": self.labels, "split": self.splits}
+        table = pd.DataFrame({name: list(column) for name, column in columns.items()}, dtype=object)
+        groups = [group or name for group, name in zip(self.groups, self.ids, strict=True)]
+        table.insert(2, "group", groups)
+        if not any(self.splits):
+            table = table.drop(columns="split")
+        return table[table["label"].notna()].reset_index(drop=True).fillna("")
+
+    def __getstate__(self) -> dict[str, object]:
+        state = dict(self.__dict__)
+        state |= {"_bases": None, "_whole": None, "_masked": None, "_chunks": OrderedDict()}
+        return state
+
+    def _forget(self) -> None:
+        self._bases: zarr.Array | None = None
+        self._whole: ndarray | None = None
+        self._masked: ndarray | None = None
+        self._chunks: OrderedDict[int, ndarray] = OrderedDict()
+
+    def _range(self, record: int, start: int, end: int | None) -> tuple[int, int]:
         length = int(self.lengths[record])
         end = length if end is None else end
         if not 0 <= start <= end <= length:
             raise ValueError(f"0 <= start <= end <= {length} must hold; got {start=}, {end=}")
         offset = int(self.offsets[record])
-        if self.counts.bases <= self.memory_bytes:
-            return self._read_whole()[offset + start : offset + end].copy()
-        return self._read_chunks(offset + start, offset + end)
+        return offset + start, offset + end
 
-    def label_table(self) -> pd.DataFrame:
-        """Labels that came with the records, in the columns id, label, group, maybe split.
+    def _decode(self, packed: UInt8[ndarray, "P"], first: int, last: int) -> UInt8[ndarray, "T"]:
+        lead = first % PER_BYTE
+        tokens = unpack(packed)[lead : lead + last - first]
+        starts, lengths, others = self._others
+        if starts.size:
+            low = int(np.searchsorted(starts, first, "right"))
+            low -= int(low > 0 and starts[low - 1] + lengths[low - 1] > first)
+            high = int(np.searchsorted(starts, last))
+            _fill(tokens, starts[low:high] - first, lengths[low:high], others[low:high])
+        return tokens
 
-        Raises InputError where none came.
-        """
-        raise InputError(f"{self.path} holds no labels: give labels=TABLE (columns id and label)")
+    def _soft_mask(self) -> Int64[ndarray, "K 2"]:
+        if self._masked is None:
+            steps = open_group(self.path)["soft_mask"][:]
+            self._masked = np.cumsum(steps).reshape(-1, 2)
+        return self._masked
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {
-            "_bases": None,
-            "_whole": None,
-            "_chunks": OrderedDict[int, ndarray](),
-        }
-
-    def _read_whole(self) -> UInt8[ndarray, "N"]:
+    def _read_whole(self) -> UInt8[ndarray, "P"]:
         if self._whole is None:
             self._whole = np.asarray(self._array()[:])
         return self._whole
 
-    def _read_chunks(self, start: int, end: int) -> UInt8[ndarray, "T"]:
-        tokens = np.empty(end - start, dtype=np.uint8)
-        for number in range(start // _CHUNK_BASES, -(-end // _CHUNK_BASES)):
-            first = number * _CHUNK_BASES
-            low, high = max(start, first), min(end, first + _CHUNK_BASES)
-            tokens[low - start : high - start] = self._chunk(number)[low - first : high - first]
-        return tokens
+    def _read_chunks(self, start: int, end: int) -> UInt8[ndarray, "P"]:
+        packed = np.empty(end - start, dtype=np.uint8)
+        for number in range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
+            first = number * CHUNK_BYTES
+            low, high = max(start, first), min(end, first + CHUNK_BYTES)
+            packed[low - start : high - start] = self._chunk(number)[low - first : high - first]
+        return packed
 
     def _chunk(self, number: int) -> UInt8[ndarray, "M"]:
         if number not in self._chunks:
-            first = number * _CHUNK_BASES
-            self._chunks[number] = np.asarray(self._array()[first : first + _CHUNK_BASES])
+            first = number * CHUNK_BYTES
+            self._chunks[number] = np.asarray(self._array()[first : first + CHUNK_BYTES])
             if len(self._chunks) > _CACHED_CHUNKS:
                 self._chunks.popitem(last=False)
         self._chunks.move_to_end(number)
@@ -138,119 +252,21 @@ class SequenceStore:
 
     def _array(self) -> zarr.Array:
         if self._bases is None:
-            self._bases = _open_group(self.path)["bases"]
+            self._bases = open_group(self.path)["bases"]
         return self._bases
 
 
-def ingest(fasta: str | Path, store: str | Path, *, progress: bool = True) -> SequenceStore:
-    """Write the records of a FASTA file into a store, or reuse the store made from equal bytes.
-
-    The store appears only when it is complete. Raises InputError for what `read_fasta` refuses,
-    and when something else than a sequence store stands in the store's place.
-    """
-    fasta, store = Path(fasta), Path(store)
-    if store.exists() and _schema(store) is None:
-        raise InputError(f"{store} exists and is no sequence store; remove it or name another")
-    records = read_fasta(fasta)
-    first = next(records)  # refuses a file that is missing or none before anything is written
-    source: dict[str, str | int] = {
-        "name": fasta.name,
-        "bytes": fasta.stat().st_size,
-        "sha256": _digest(fasta),
-    }
-    if _is_current(store, source):
-        records.close()
-        return SequenceStore(store)
-    aside = store.with_name(f"{store.name}.tmp-{os.getpid()}")
-    try:
-        _write(aside, _chain(first, records), source, progress=progress)
-        _put_in_place(aside, store)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return SequenceStore(store)
-
-
-@dataclass(slots=True)
-class _Axis:
-    """Appends records to the flat axis in whole chunks or shards: none is written twice."""
-
-    array: zarr.Array
-    step: int
-    offsets: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    headers: list[str] = field(default_factory=list)
-    _pending: list[UInt8[ndarray, "T"]] = field(default_factory=list)
-    _num_pending: int = 0
-    _total: int = 0
-
-    def append(self, record: Record) -> None:
-        self.offsets.append(self._total)
-        self.lengths.append(record.tokens.size)
-        self.headers.append(f"{record.id}\t{record.description}\n")
-        self._total += record.tokens.size
-        self._pending.append(record.tokens)
-        self._num_pending += record.tokens.size
-        if self._num_pending >= self.step:
-            self.flush(self._num_pending // self.step * self.step)
-
-    def flush(self, num_bases: int | None = None) -> None:
-        bases = np.concatenate(self._pending) if self._pending else np.empty(0, np.uint8)
-        num_bases = bases.size if num_bases is None else num_bases
-        for start in range(0, num_bases, self.step):
-            self.array.append(bases[start : min(start + self.step, num_bases)])
-        self._pending = [bases[num_bases:].copy()]
-        self._num_pending = bases.size - num_bases
-
-
-def _write(
-    path: Path, records: Iterable[Record], source: dict[str, str | int], *, progress: bool
-) -> None:
-    group = zarr.create_group(path)
-    sharded = int(source["bytes"]) >= _SHARD_BASES
-    codec = zarr.codecs.ZstdCodec(level=1, checksum=True)
-    bases = group.create_array(
-        "bases",
-        shape=(0,),
-        dtype="uint8",
-        chunks=(_CHUNK_BASES,),
-        shards=(_SHARD_BASES,) if sharded else None,
-        compressors=codec,
-    )
-    axis = _Axis(bases, _SHARD_BASES if sharded else 16 * _CHUNK_BASES)
-    counts = LetterCounts()
-    with _Progress(str(source["name"]), shown=progress) as bar:
-        for record in records:
-            axis.append(record)
-            counts.add(record)
-            bar.update(counts)
-    axis.flush()
-    columns = group.create_group("records")
-    columns.create_array("offset", data=np.array(axis.offsets, dtype=np.int64))
-    columns.create_array("length", data=np.array(axis.lengths, dtype=np.int64))
-    # One blob, as Zarr v3 has no settled type for strings: "id TAB description NEWLINE" a record.
-    headers = "".join(axis.headers).encode("utf-8")
-    columns.create_array("header", data=np.frombuffer(headers, dtype=np.uint8))
-    group.attrs.update(
-        {"schema": SCHEMA, "letters": LETTERS, "source": source, "counts": asdict(counts)}
-    )
-
-
-def _put_in_place(aside: Path, store: Path) -> None:
-    """Rename; an outdated store steps aside first, as a folder cannot be replaced in one step."""
-    outdated = store.with_name(f"{store.name}.old-{os.getpid()}")
-    if store.exists():
-        os.replace(store, outdated)
-    os.replace(aside, store)
-    shutil.rmtree(outdated, ignore_errors=True)
-
-
-def _open_group(path: Path) -> zarr.Group:
-    if _schema(path) != SCHEMA:
-        raise InputError(f"{path} is no sequence store of this version; make it again from FASTA")
+def open_group(path: Path) -> zarr.Group:
+    """Open a store's group; raises InputError for what is no sequence store of this version."""
+    schema = read_schema(path)
+    if schema is None:
+        raise InputError(f"{path} is no sequence store; make one with the verb ingest")
+    if schema != SCHEMA:
+        raise InputError(f"{path} is a store of another version ({schema}); ingest it again")
     return zarr.open_group(path, mode="r")
 
 
-def _schema(path: Path) -> str | None:
+def read_schema(path: Path) -> str | None:
     """Name the schema of a store of any version; None for what is no store."""
     try:
         schema = zarr.open_group(path, mode="r").attrs.get("schema")
@@ -260,47 +276,25 @@ def _schema(path: Path) -> str | None:
     return schema if is_ours else None
 
 
-def _is_current(store: Path, source: dict[str, str | int]) -> bool:
-    if not store.exists() or _schema(store) != SCHEMA:
-        return False
-    attributes = _open_group(store).attrs
-    same_source = attributes["source"]["sha256"] == source["sha256"]
-    return bool(same_source and attributes["letters"] == LETTERS)
+def _read_text(array: zarr.Array, num_columns: int) -> list[tuple[str, ...]]:
+    lines = array[:].tobytes().decode("utf-8").split("\n")[:-1]
+    return [tuple(line.split("\t", num_columns - 1)) for line in lines]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _chain(first: Record, rest: Iterable[Record]) -> Iterable[Record]:
-    yield first
-    yield from rest
-
-
-class _Progress:
-    """A bar on a terminal, a plain line every ten seconds elsewhere; nothing in the first two."""
-
-    def __init__(self, name: str, *, shown: bool) -> None:
-        self._name, self._shown = name, shown
-        self._terminal = sys.stderr.isatty()
-        self._next_line = time.monotonic() + 10.0
-        disable = not (shown and self._terminal)
-        self._bar = tqdm(desc=name, unit="bp", unit_scale=True, delay=2.0, disable=disable)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._bar.close()
-
-    def update(self, counts: LetterCounts) -> None:
-        self._bar.update(counts.bases - self._bar.n)
-        if self._shown and not self._terminal and time.monotonic() >= self._next_line:
-            print(f"reading {self._name}: {counts}", file=sys.stderr, flush=True)
-            self._next_line += 10.0
+def _fill(
+    tokens: UInt8[ndarray, "T"],
+    starts: Int64[ndarray, "K"],
+    lengths: Int64[ndarray, "K"],
+    values: UInt8[ndarray, "K"],
+) -> None:
+    """Write runs over tokens; parts of them that lie outside are left out."""
+    ends = np.minimum(starts + lengths, tokens.size)
+    starts = np.maximum(starts, 0)
+    lengths = np.maximum(ends - starts, 0)
+    long = lengths > _SHORT_RUN
+    for start, end, value in zip(starts[long], ends[long], values[long], strict=True):
+        tokens[start:end] = value
+    lengths = np.where(long, 0, lengths)
+    before = np.cumsum(lengths) - lengths
+    steps = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
+    tokens[np.repeat(starts, lengths) + steps] = np.repeat(values, lengths)

@@ -8,7 +8,7 @@ from pipelines.genomics.duplicates import (
     find_copies,
     settle_copies,
 )
-from pipelines.genomics.store import ingest
+from pipelines.genomics.ingest import ingest
 from pipelines.shared.errors import InputError
 
 SEQUENCES = {

@@ -5,7 +5,7 @@ import pytest
 from Bio import bgzf
 
 from pipelines.genomics.alphabet import decode
-from pipelines.genomics.genome import read_fasta
+from pipelines.genomics.genome import read_records
 from pipelines.shared.errors import InputError
 
 FASTA = b">one first record\nACGTNacgt\nRYSWK\n>two\nUuTT\n"
@@ -16,7 +16,7 @@ BGZF_END = 28
 def read(path):
     return [
         (r.id, r.description, decode(r.tokens), r.number, r.lower, r.uracil)
-        for r in read_fasta(path)
+        for r in read_records(path)
     ]
 
 
@@ -35,7 +35,7 @@ def write_bgzf(path, content=FASTA):
 
 def refusal(path):
     with pytest.raises(InputError) as caught:
-        list(read_fasta(path))
+        list(read_records(path))
     assert str(path) in str(caught.value)
     return str(caught.value)
 
@@ -70,7 +70,7 @@ def test_plain_text_named_gz_is_read(tmp_path):
 
 def test_ids_may_hold_any_utf8(tmp_path):
     path = write(tmp_path, ">größe|1 ü\nACGT\n".encode())
-    assert [(r.id, r.description) for r in read_fasta(path)] == [("größe|1", "ü")]
+    assert [(r.id, r.description) for r in read_records(path)] == [("größe|1", "ü")]
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,13 @@ def test_ids_may_hold_any_utf8(tmp_path):
         (b">a\nAC>b\nGT\n", "'>' at position 3 is no DNA letter; put a line break"),
         (">a\nACéGT\n".encode(), "'é' at position 3"),
         (b">p1\nMKVLAAGIFPEQLLNERW\n>p2\nMKV\n", "record 1 ('p1') looks like protein"),
-        (b">a\nAC\xff\xfeGT\n", "no UTF-8 text"),
+        (b">a\nAC\xff\xfeGT\n", "at position 3 is no DNA letter; remove it: only ASCII"),
+        (b">a\xff\nACGT\n", "no UTF-8 text before the first record"),
         (b"\x00\x01\x02" * 50, "binary data"),
         (b"PK\x03\x04rest", "zip"),
         (b"BZh91AY", "bzip2"),
         (b"@read1\nACGT\n+\nIIII\n", "FASTQ"),
-        (b"LOCUS       SCU49845", "GenBank"),
+        (b"LOCUS       SCU49845", "record 1 cannot be read as GenBank"),
     ],
 )
 def test_unusable_text_is_refused(tmp_path, content, message):
@@ -105,11 +106,11 @@ def test_unusable_text_is_refused(tmp_path, content, message):
 
 def test_missing_file_and_folder_are_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.fa")
-    assert "is a folder" in refusal(tmp_path)
+    assert "holds nothing" in refusal(tmp_path)
 
 
 def test_records_before_a_fault_are_yielded_one_by_one(tmp_path):
-    records = read_fasta(write(tmp_path, b">a\nAC\n>b\nA!\n"))
+    records = read_records(write(tmp_path, b">a\nAC\n>b\nA!\n"))
     assert next(records).id == "a"
     with pytest.raises(InputError, match="record 2"):
         next(records)

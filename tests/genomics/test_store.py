@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from pipelines.genomics import store as store_module
+from pipelines.genomics import store_writer as writer_module
 from pipelines.genomics.alphabet import decode, encode
-from pipelines.genomics.store import SequenceStore, ingest
+from pipelines.genomics.ingest import ingest
+from pipelines.genomics.store import SequenceStore
 from pipelines.shared.errors import InputError
 
 
@@ -17,8 +19,9 @@ def write_fasta(path, records):
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    """Chunks of 64 bases, so that short records cross them."""
-    monkeypatch.setattr(store_module, "_CHUNK_BASES", 64)
+    """Chunks of 16 bytes (64 bases), so that short records cross them."""
+    for module in (store_module, writer_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 16)
 
 
 def draw_records(lengths, seed=0):
@@ -33,11 +36,12 @@ LENGTHS = [1, 63, 64, 65, 500, 2, 1, 3000, 127]
 
 
 @pytest.mark.parametrize("memory_bytes", [1 << 20, 0])
-@pytest.mark.parametrize("shard_bases", [64 << 20, 256])
+@pytest.mark.parametrize("shard_bytes", [1 << 14, 64])
 def test_records_come_back_as_written(
-    tmp_path, monkeypatch, small_steps, memory_bytes, shard_bases
+    tmp_path, monkeypatch, small_steps, memory_bytes, shard_bytes
 ):
-    monkeypatch.setattr(store_module, "_SHARD_BASES", shard_bases)
+    for module in (store_module, writer_module):
+        monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
     monkeypatch.setattr(store_module, "_CACHED_CHUNKS", 3)
     records = draw_records(LENGTHS)
     ingest(write_fasta(tmp_path / "x.fa", records), tmp_path / "s")

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.genomics.alphabet import decode, encode, reverse_complement
 from pipelines.genomics.baseline import fit_kmer_baseline
-from pipelines.genomics.genome import read_fasta
+from pipelines.genomics.genome import read_records
 from pipelines.genomics.synthetic import MotifPlan, check_motifs, make_records, write_dataset
 
 PLAN = MotifPlan()
@@ -127,7 +127,7 @@ def test_dataset_is_written_alike_each_time(tmp_path):
 
     table = pd.read_csv(labels, sep="\t", dtype=str)
     assert list(table.columns) == ["id", "label", "split", "group"]
-    assert [record.id for record in read_fasta(fasta)] == table["id"].tolist()
+    assert [record.id for record in read_records(fasta)] == table["id"].tolist()
     assert table["split"].value_counts().to_dict() == {"train": 20, "test": 6, "val": 4}
     pairs = table.groupby("group")
     assert (pairs["split"].nunique() == 1).all()

@@ -1,0 +1,134 @@
+"""Files as unpacked bytes, from a path or from stdin; damage is said and never passed on.
+
+Gzip is told by its first bytes. Block gzip (BGZF, SAM specification, section 4.1) must end with its
+empty block: cut between two blocks it unpacks without an error.
+"""
+
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from isal import igzip, isal_zlib
+
+from pipelines.shared.errors import InputError
+
+STDIN = "-"
+START_BYTES = 1 << 16
+"""How much `Source.start` shows, at most."""
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_BUFFER_BYTES = 1 << 20
+_BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+
+
+class Source:
+    """One opened file: its unpacked bytes, and what it begins with."""
+
+    def __init__(self, name: str, raw: io.BufferedReader, *, size: int | None) -> None:
+        self.name = name
+        """The path, or `stdin`: what messages say."""
+        self.size = size
+        """Bytes of the file as it is stored; None for stdin."""
+        self._raw = raw
+        head = raw.peek(18)
+        self.compression = _compression(head)
+        """`none`, `gzip` or `bgzf`."""
+        if self.compression == "bgzf" and size is not None:
+            self._check_bgzf_end()
+        packed = self.compression != "none"
+        unpacked = igzip.IGzipFile(fileobj=raw, mode="rb") if packed else None
+        self.stream = (
+            raw
+            if unpacked is None
+            else io.BufferedReader(cast(io.RawIOBase, unpacked), _BUFFER_BYTES)
+        )
+        with reading_errors(name, lambda: "at its start"):
+            self.start = self.stream.peek(START_BYTES)[:START_BYTES]
+            """The first unpacked bytes, not taken from the stream."""
+
+    def position(self) -> int:
+        """Bytes of the file, as it is stored, that were read so far."""
+        if self.size is None:
+            return 0
+        return self.size if self._raw.closed else self._raw.tell()
+
+    def _check_bgzf_end(self) -> None:
+        self._raw.seek(-min(len(_BGZF_END), self.size or 0), io.SEEK_END)
+        end = self._raw.read()
+        self._raw.seek(0)
+        if end != _BGZF_END:
+            raise InputError(
+                f"{self.name} is cut short: block gzip without its end marker; copy or compress "
+                "it again"
+            )
+
+
+@contextmanager
+def open_source(path: str | Path, *, wanted: str = "a file of sequences") -> Iterator[Source]:
+    """Open a file, or stdin for `-`, for reading its unpacked bytes.
+
+    `wanted` says what messages ask for. Raises InputError for a file that is missing, a folder,
+    empty, not readable, or block gzip that was cut short.
+    """
+    if str(path) == STDIN:
+        raw = io.BufferedReader(cast(io.RawIOBase, sys.stdin.buffer), _BUFFER_BYTES)
+        try:
+            yield _checked(Source("stdin", raw, size=None), wanted)
+        finally:
+            raw.detach()
+        return
+    path = Path(path)
+    _require_file(path, wanted)
+    try:
+        handle: BinaryIO = path.open("rb", buffering=_BUFFER_BYTES)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; check its rights") from error
+    with handle:
+        size = path.stat().st_size
+        yield _checked(Source(str(path), cast(io.BufferedReader, handle), size=size), wanted)
+
+
+@contextmanager
+def reading_errors(name: str, where: Callable[[], str]) -> Iterator[None]:
+    """Turn what a damaged file raises into InputErrors; `where` says how far reading came."""
+    again = "copy or compress it again"
+    try:
+        yield
+    except EOFError as error:
+        raise InputError(f"{name}: gzip data cut short {where()}; {again}") from error
+    except (gzip.BadGzipFile, zlib.error, isal_zlib.error) as error:
+        raise InputError(f"{name}: damaged gzip data ({error}) {where()}; {again}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name}: bytes that are no UTF-8 text {where()}; save it as UTF-8 or repair it"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{name} cannot be read ({error}) {where()}") from error
+
+
+def _compression(head: bytes) -> str:
+    if head[:2] != _GZIP_MAGIC:
+        return "none"
+    is_bgzf = len(head) >= 18 and head[3] & 4 and head[12:14] == b"BC"
+    return "bgzf" if is_bgzf else "gzip"
+
+
+def _require_file(path: Path, wanted: str) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give {wanted}")
+    if not path.exists():
+        raise InputError(f"{path}: no such file; check the path")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path} is empty; give {wanted}")
+
+
+def _checked(source: Source, wanted: str) -> Source:
+    if not source.start:
+        unpacked = " once unpacked" if source.compression != "none" else ""
+        raise InputError(f"{source.name} is empty{unpacked}; give {wanted}")
+    return source

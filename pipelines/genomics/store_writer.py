@@ -1,0 +1,196 @@
+"""Records into a store: packed by workers, written in order, in whole shards."""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import zarr
+from jaxtyping import Int64, UInt8
+from numpy import ndarray
+
+from pipelines.genomics.alphabet import LETTERS
+from pipelines.genomics.genome import Record
+from pipelines.genomics.letters import Letters
+from pipelines.genomics.packing import PER_BYTE, find_runs, pack
+from pipelines.genomics.store import CHUNK_BYTES, SCHEMA, SHARD_BYTES
+
+_DIGEST_BYTES = 16
+_NO_RUNS = np.empty((0, 3), dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A record's letters as the store keeps them."""
+
+    length: int
+    bases: UInt8[ndarray, "P"]
+    others: Int64[ndarray, "K 3"]
+    """Start, length and token of each run that is not A C G T, from the record's beginning."""
+    digest: bytes
+    """SHA-256, its first 16 bytes, of length, bases and other runs."""
+
+
+def pack_letters(letters: Letters) -> Packed:
+    """Pack a record's letters and digest them."""
+    text = letters.text
+    bases, others = pack(text), _NO_RUNS if letters.plain else _find_others(text)
+    digest = hashlib.sha256(text.size.to_bytes(8, "little"))
+    digest.update(bases)
+    digest.update(others.tobytes())
+    return Packed(text.size, bases, others, digest.digest()[:_DIGEST_BYTES])
+
+
+def _find_others(text: UInt8[ndarray, "T"]) -> Int64[ndarray, "K 3"]:
+    tokens = np.frombuffer(text.tobytes().translate(_OTHERS), dtype=np.uint8)
+    runs = find_runs(tokens)
+    found = tokens[runs[:, 0]]
+    rows = np.column_stack([runs[:, 0], runs[:, 1] - runs[:, 0], found])
+    return rows[found > 0].astype(np.int64)
+
+
+def _others_table() -> bytes:
+    table = bytearray(256)
+    for token, letter in enumerate(LETTERS, start=1):
+        table[ord(letter)] = 0 if letter in "ACGT" else token
+    return bytes(table)
+
+
+_OTHERS = _others_table()
+
+
+@dataclass(slots=True)
+class _Columns:
+    """What is known of the records so far; lists run in parallel."""
+
+    offsets: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    circular: list[bool] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    headers: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    others: list[ndarray] = field(default_factory=list)
+    masks: list[ndarray] = field(default_factory=list)
+
+
+class StoreWriter:
+    """Write one store, record by record; workers compress and write its shards meanwhile."""
+
+    def __init__(self, path: Path, workers: Executor, *, num_workers: int) -> None:
+        self._group = zarr.create_group(path)
+        self._bases = self._group.create_array(
+            "bases",
+            shape=(0,),
+            dtype="uint8",
+            chunks=(CHUNK_BYTES,),
+            shards=(SHARD_BYTES,),
+            compressors=zarr.codecs.ZstdCodec(level=-1, checksum=True),
+        )
+        self._workers, self._num_workers = workers, num_workers
+        self._writes: list[Future[None]] = []
+        self._columns = _Columns()
+        self._pending: list[ndarray] = []
+        self._num_pending = 0
+        self._num_bytes = 0
+        self._digest = hashlib.sha256(SCHEMA.encode())
+        self._is_labelled = False
+
+    def append(self, record: Record, packed: Packed) -> None:
+        """Add a record behind those that were added before."""
+        offset = self._num_bytes * PER_BYTE
+        columns = self._columns
+        columns.offsets.append(offset)
+        columns.lengths.append(packed.length)
+        columns.circular.append(record.circular)
+        columns.digests.append(packed.digest)
+        columns.headers.append(_line(record.id, record.description))
+        columns.labels.append(_line(record.label, record.group, record.split))
+        if packed.others.size:
+            columns.others.append(packed.others + np.array([offset, 0, 0]))
+        if record.mask.size:
+            columns.masks.append(record.mask + offset)
+        self._is_labelled |= any((record.label, record.group, record.split))
+        self._digest_record(record, packed)
+        self._pending.append(packed.bases)
+        self._num_pending += packed.bases.size
+        self._num_bytes += packed.bases.size
+        if self._num_pending >= SHARD_BYTES:
+            self._flush(whole=True)
+
+    def finish(self, attributes: Mapping[str, object]) -> str:
+        """Write what is left, the columns and the attributes; returns the content digest."""
+        self._flush(whole=False)
+        for write in self._writes:
+            write.result()
+        digest = self._digest.hexdigest()
+        self._write_columns()
+        self._group.attrs.update(
+            {"schema": SCHEMA, "letters": LETTERS, "digest": digest, **attributes}
+        )
+        return digest
+
+    @property
+    def digests(self) -> list[bytes]:
+        """The digest of each record so far."""
+        return self._columns.digests
+
+    def _digest_record(self, record: Record, packed: Packed) -> None:
+        names = _line(record.id, record.description, record.label, record.group, record.split)
+        self._digest.update(names.encode("utf-8") + bytes([record.circular]) + packed.digest)
+        self._digest.update(record.mask.tobytes())
+
+    def _flush(self, *, whole: bool) -> None:
+        packed = self._pending[0] if len(self._pending) == 1 else _joined(self._pending)
+        end = packed.size // SHARD_BYTES * SHARD_BYTES if whole else packed.size
+        first = self._num_bytes - packed.size
+        self._bases.resize((first + end,))
+        for start in range(0, end, SHARD_BYTES):
+            shard = packed[start : min(start + SHARD_BYTES, end)]
+            self._write_shard(first + start, shard)
+        self._pending = [packed[end:].copy()]
+        self._num_pending = packed.size - end
+
+    def _write_shard(self, start: int, shard: UInt8[ndarray, "S"]) -> None:
+        while len(self._writes) > self._num_workers:
+            self._writes.pop(0).result()
+        self._writes.append(self._workers.submit(self._put, start, shard))
+
+    def _put(self, start: int, shard: UInt8[ndarray, "S"]) -> None:
+        self._bases[start : start + shard.size] = shard
+
+    def _write_columns(self) -> None:
+        columns = self._columns
+        records = self._group.create_group("records")
+        records.create_array("offset", data=np.array(columns.offsets, dtype=np.int64))
+        records.create_array("length", data=np.array(columns.lengths, dtype=np.int64))
+        records.create_array("circular", data=np.array(columns.circular, dtype=np.bool_))
+        digests = np.frombuffer(b"".join(columns.digests), dtype=np.uint8)
+        records.create_array("digest", data=digests.reshape(-1, _DIGEST_BYTES))
+        # blobs, as Zarr v3 has no settled type for strings
+        records.create_array("header", data=_blob(columns.headers))
+        records.create_array("label", data=_blob(columns.labels if self._is_labelled else []))
+        runs = _joined(columns.others, _NO_RUNS)
+        others = self._group.create_group("others")
+        others.create_array("start", data=runs[:, 0].copy())
+        others.create_array("length", data=runs[:, 1].copy())
+        others.create_array("token", data=runs[:, 2].astype(np.uint8))
+        bounds = _joined(columns.masks, np.empty((0, 2), dtype=np.int64)).reshape(-1)
+        # as steps from bound to bound: small numbers, which compress well
+        self._group.create_array("soft_mask", data=np.diff(bounds, prepend=0).astype(np.int64))
+
+
+def _line(*values: str | None) -> str:
+    """One line of a text column; what would break it is read as a blank."""
+    return "\t".join(" ".join((value or "").split()) for value in values) + "\n"
+
+
+def _blob(lines: list[str]) -> UInt8[ndarray, "B"]:
+    return np.frombuffer("".join(lines).encode("utf-8"), dtype=np.uint8)
+
+
+def _joined(arrays: list[ndarray], empty: ndarray | None = None) -> ndarray:
+    if arrays:
+        return np.concatenate(arrays)
+    return np.empty(0, dtype=np.uint8) if empty is None else empty
