@@ -1,24 +1,25 @@
 """From a pattern and coordinates to a BlockLayout."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import gcd, prod
+from math import gcd, lcm, prod
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_core.blocking import Blocks, boxes_of, cut, sequence_tokens
-from sparse_core.layout import BlockLayout, Lists, Part
+from sparse_core.layout import BlockLayout, Lists, Part, merge, stack, stack_lists
 from sparse_core.masking import clauses_keep, encode, member_flags, pack_bits
 from sparse_core.pairing import Pairs, covers, listed_pairs, may_touch, touching_pairs
-from sparse_core.patterns.base import Pattern
+from sparse_core.patterns.base import Pattern, Sum
 from sparse_core.patterns.listed import Listed
 from sparse_core.patterns.terms import (
     UNBOUNDED,
     Boxes,
     Clause,
     Congruent,
+    InSegment,
     Interval,
     KeyIn,
     Members,
@@ -35,6 +36,9 @@ MAX_PAIRS = 2**21
 TILE_PAIRS = 2**24
 """Token pairs whose bits are drawn at a time."""
 
+Sorting = Congruent | InSegment
+"""Terms that sort tokens into classes, of which none sees another."""
+
 
 def build_layout(
     pattern: Pattern,
@@ -44,6 +48,7 @@ def build_layout(
     segments: Int[Tensor, "S"] | list[int] | None = None,
     key_segments: Int[Tensor, "S"] | list[int] | None = None,
     block_size: int | None = None,
+    num_kv_heads: int | None = None,
     device: torch.device | str | None = None,
 ) -> BlockLayout:
     """Find the blocks that a pattern touches, and which of their pairs it keeps.
@@ -52,14 +57,24 @@ def build_layout(
     each sequence. Without `key_coords` queries and keys are the same tokens. `segments` are the
     lengths of packed sequences, which never see each other; `key_segments` those of the keys.
     `block_size` is chosen from the pattern if not given: 64, fewer for small windows and short
-    sequences, more where lists would outgrow 2**21 entries.
+    sequences, more where lists would outgrow 2**21 entries. `num_kv_heads` is needed where the
+    pattern differs from head to head.
 
     Cost is proportional to tokens plus stored blocks; memory likewise. Tokens that are near in
     coordinates should be near in order (a Hilbert curve on tissue), or many blocks are touched.
 
-    Raises ValueError for coordinates that are not integers, lengths that do not add up, or a
-    pattern that does not fit the number of axes.
+    Raises ValueError for coordinates that are not integers, lengths that do not add up, a pattern
+    that does not fit the number of axes, or one that needs `num_kv_heads`.
     """
+    if isinstance(pattern, Sum):
+        summands = [
+            build_layout(
+                part, query_coords, key_coords, segments=segments, key_segments=key_segments,
+                block_size=block_size, num_kv_heads=num_kv_heads, device=device,
+            )
+            for part in pattern.parts
+        ]  # fmt: skip
+        return merge(_align_groups(summands, num_kv_heads))
     query, query_segment = sequence_tokens(query_coords, segments, device)
     key, key_segment = query, query_segment
     lengths = key_lengths = _lengths(segments, query)
@@ -70,15 +85,28 @@ def build_layout(
     if key.coords.shape[-1] != query.coords.shape[-1] or len(key_lengths) != len(lengths):
         raise ValueError("queries and keys need the same axes and the same number of sequences")
     clauses = _clauses(pattern, query.coords.shape[-1])
+    num_groups = _count_groups(pattern, clauses, num_kv_heads)
+    group_of = _group_of_heads(num_groups, num_kv_heads, query.coords.device)
+    plans = _plan_parts(clauses)
+    if num_groups > 1 and len(plans) > 1:  # what an earlier part keeps differs from head to head
+        variants = [
+            build_layout(
+                pattern.of_head(head), query_coords, key_coords, segments=segments,
+                key_segments=key_segments, block_size=block_size, device=device,
+            )
+            for head in range(num_groups)
+        ]  # fmt: skip
+        return stack(variants, group_of)
     named = (t for clause in clauses for t in clause if isinstance(t, QueryIn | KeyIn))
     members = list(dict.fromkeys(term.members for term in named))
     sides = _Sides(query, query_segment, key, key_segment, len(lengths))
     size = block_size or _choose_block_size(clauses, sides)
     layout_parts = []
     earlier: list[Clause] = []
-    for plan in _plan_parts(clauses):
+    for plan in plans:
         part_size = _part_block_size(plan, size, sides) if block_size is None else size
-        layout_parts.append(_build_part(plan, earlier, sides, members, part_size))
+        part = _build_part(plan, earlier, sides, members, part_size)
+        layout_parts.append(_give_groups(part, num_groups))
         earlier += plan.clauses
     parts = tuple(layout_parts)
     return BlockLayout(
@@ -90,9 +118,53 @@ def build_layout(
         key_flags=member_flags(key.index, members),
         lengths=lengths,
         key_lengths=key_lengths,
-        group_of=torch.empty(0, 0, dtype=torch.int32, device=query.coords.device),
+        group_of=group_of,
         pattern=repr(pattern),
     )
+
+
+def _count_groups(pattern: Pattern, clauses: list[Clause], num_kv_heads: int | None) -> int:
+    """After how many heads the pattern repeats."""
+    num_groups = lcm(*(n for clause in clauses for n in _periods(clause)))
+    if num_groups > 1 and num_kv_heads is None:
+        raise ValueError(f"{pattern!r} differs from head to head: give num_kv_heads")
+    return num_groups
+
+
+def _group_of_heads(
+    num_groups: int, num_kv_heads: int | None, device: torch.device
+) -> Int[Tensor, "B Hkv"]:
+    if num_groups == 1 or num_kv_heads is None:
+        return torch.empty(0, 0, dtype=torch.int32, device=device)
+    head = torch.arange(num_kv_heads, dtype=torch.int32, device=device)
+    return (head % num_groups)[None]
+
+
+def _periods(terms: Clause) -> list[int]:
+    """After how many heads the terms repeat that differ from head to head."""
+    return [t.dilation for t in terms if isinstance(t, InSegment) and t.offset is None]
+
+
+def _align_groups(layouts: list[BlockLayout], num_kv_heads: int | None) -> list[BlockLayout]:
+    """Give all layouts as many groups as the heads need after which all of them repeat."""
+    num_groups = lcm(*(layout.num_groups for layout in layouts))
+    group_of = _group_of_heads(num_groups, num_kv_heads, layouts[0].device)
+    return [
+        replace(x, parts=tuple(_give_groups(p, num_groups) for p in x.parts), group_of=group_of)
+        for x in layouts
+    ]
+
+
+def _give_groups(part: Part, num_groups: int) -> Part:
+    """Repeat the lists of a part whose heads repeat earlier; entries are stored once."""
+    missing = num_groups // part.rows.ptr.shape[0]
+    if missing == 1:
+        return part
+    return replace(part, rows=_repeat(part.rows, missing), columns=_repeat(part.columns, missing))
+
+
+def _repeat(lists: Lists, times: int) -> Lists:
+    return replace(lists, ptr=lists.ptr.repeat(times, 1), full=lists.full.repeat(times, 1))
 
 
 @dataclass
@@ -119,14 +191,15 @@ class _Sides:
         tokens: Tokens,
         segment: Int[Tensor, "T"],
         members: Members | None,
-        classes: tuple[Congruent, ...],
+        classes: tuple[Sorting, ...],
         size: int,
     ) -> tuple[Blocks, Boxes]:
         chosen = (id(tokens), members, classes, size)
         if chosen not in self.cuts:
             blocks, group = _cut_side(
-                tokens, segment, members, classes, size, is_single=self.num_segments == 1
-            )
+                tokens, segment, members, classes, size,
+                longest=self.longest, is_single=self.num_segments == 1,
+            )  # fmt: skip
             self.cuts[chosen] = blocks, boxes_of(blocks, tokens, group)
         return self.cuts[chosen]
 
@@ -145,7 +218,7 @@ class _Plan:
 
     query_members: Members | None = None
     key_members: Members | None = None
-    classes: tuple[Congruent, ...] = ()
+    classes: tuple[Sorting, ...] = ()
     listed: list[Listed] = field(default_factory=list)
     clauses: list[Clause] = field(default_factory=list)
 
@@ -157,6 +230,20 @@ class _Plan:
         if self.key_members:
             owned.add(KeyIn(self.key_members))
         return list(dict.fromkeys(tuple(t for t in c if t not in owned) for c in self.clauses))
+
+    def num_variants(self) -> int:
+        """After how many heads this part repeats."""
+        return lcm(*_periods(self.classes))
+
+    def reaches(self, index: Int[Tensor, "R"], variant: int) -> Bool[Tensor, "R"] | None:
+        """Tell which blocks, by one token's position, take part for a variant; None if all do."""
+        chosen = None
+        for term in self.classes:
+            if isinstance(term, InSegment) and term.dilation > 1:
+                offset = variant % term.dilation if term.offset is None else term.offset
+                found = term.place(index) == offset
+                chosen = found if chosen is None else chosen & found
+        return chosen
 
 
 def _lengths(segments: Tensor | list[int] | None, tokens: Tokens) -> Int[Tensor, "S"]:
@@ -181,7 +268,7 @@ def _plan_parts(clauses: list[Clause]) -> list[_Plan]:
         listed = [t for t in clause if isinstance(t, Listed)]
         keys = [t.members for t in clause if isinstance(t, KeyIn)]
         queries = [t.members for t in clause if isinstance(t, QueryIn)]
-        classes = tuple(t for t in clause if isinstance(t, Congruent))
+        classes = tuple(t for t in clause if isinstance(t, Sorting))
         if len(listed) == 1:
             others = frozenset(t for t in clause if t not in listed)
             plan = plans.setdefault((4, others), _Plan())
@@ -214,7 +301,7 @@ def _choose_block_size(clauses: list[Clause], sides: _Sides) -> int:
 
 def _part_block_size(plan: _Plan, size: int, sides: _Sides) -> int:
     """Do not make blocks larger than the tokens of a residue class, nor lists too long."""
-    stride = prod(term.stride for term in plan.classes)
+    stride = prod(term.num_classes(sides.longest) for term in plan.classes)
     members = -(-sides.longest // stride)
     reach = max((_reach(clause, 1) for clause in plan.residual()), default=UNBOUNDED)
     while plan.classes and reach == UNBOUNDED and stride * (members // size) ** 2 > MAX_PAIRS:
@@ -223,7 +310,7 @@ def _part_block_size(plan: _Plan, size: int, sides: _Sides) -> int:
 
 
 def _is_narrow(clause: Clause) -> bool:
-    return any(isinstance(t, QueryIn | KeyIn | Listed | Congruent) for t in clause)
+    return any(isinstance(t, QueryIn | KeyIn | Listed | Sorting) for t in clause)
 
 
 def _reach(clause: Clause, dims: int) -> int:
@@ -264,13 +351,36 @@ def _build_part(
     if program is None:
         drawn = _draw_tiles(own, earlier, sides, (queries, keys), (row, column, full))
         row, column, full, tile, tiles = drawn
+    found = [
+        _both_lists(_of_variant(plan, query_boxes, (row, column, full, tile), v), queries, keys)
+        for v in range(plan.num_variants())
+    ]
+    rows, columns = (
+        stack_lists(list(lists), [0] * len(found)) for lists in zip(*found, strict=True)
+    )
+    return Part(queries, keys, rows, columns, tiles, program or ())
+
+
+def _of_variant(
+    plan: _Plan, query: Boxes, entries: tuple[Tensor, ...], variant: int
+) -> tuple[Tensor, ...]:
+    """Choose the entries of one variant of heads."""
+    reached = plan.reaches(query.index_low, variant)
+    if reached is None:
+        return entries
+    chosen = reached[entries[0]]
+    return tuple(x[chosen] if x.numel() else x for x in entries)
+
+
+def _both_lists(entries: tuple[Tensor, ...], queries: Blocks, keys: Blocks) -> tuple[Lists, Lists]:
+    row, column, full, tile = entries
     num_full = int(full.sum())
     rows, order = _compress(row, column, full, len(queries), num_full, is_sorted=True)
     columns, column_order = _compress(column, row, full, len(keys), num_full, is_sorted=False)
     if tile.numel():
-        rows = Lists(rows.ptr, rows.full, rows.index, tile[order])
-        columns = Lists(columns.ptr, columns.full, columns.index, tile[column_order])
-    return Part(queries, keys, rows, columns, tiles, program or ())
+        rows = replace(rows, tile=tile[order])
+        columns = replace(columns, tile=tile[column_order])
+    return rows, columns
 
 
 def _common_grain(listed: list[Listed], size: int) -> int:
@@ -285,14 +395,15 @@ def _cut_side(
     tokens: Tokens,
     segment: Int[Tensor, "T"],
     members: Members | None,
-    classes: tuple[Congruent, ...],
+    classes: tuple[Sorting, ...],
     size: int,
     *,
+    longest: int,
     is_single: bool,
 ) -> tuple[Blocks, Int[Tensor, "R"]]:
     group = segment
     for term in classes:
-        group = group * term.stride + term.residue(tokens.coords)
+        group = group * term.num_classes(longest) + term.classify(tokens)
     chosen = None
     if members:
         chosen = members.contains(tokens.index)

@@ -103,12 +103,13 @@ class BlockLayout:
         return moved
 
     def visited_pairs(self) -> int:
-        """Count the token pairs in stored blocks: what an engine pays for, masked or not."""
+        """Count the token pairs in blocks of all groups: what engines pay for, masked or not."""
         total = 0
         for part in self.parts:
-            row = _major(part.rows)
-            queries = part.queries.count.long()[row % len(part.queries)]
-            total += int((queries * part.keys.count.long()[part.rows.index.long()]).sum())
+            row, entry = _entries(part.rows)
+            queries = part.queries.count.long()[row % max(len(part.queries), 1)]
+            keys = part.keys.count.long()[part.rows.index.long()[entry]]
+            total += int((queries * keys).sum())
         return total
 
     def nbytes(self, *, coords: bool = False) -> int:
@@ -177,8 +178,8 @@ def concat(layouts: list[BlockLayout]) -> BlockLayout:
 def merge(layouts: list[BlockLayout]) -> BlockLayout:
     """Put the parts of layouts of the same tokens under one softmax.
 
-    Unlike `a | b`, a pair that several keep counts once for each (LongNet, Ding et al. 2023,
-    equation 11).
+    Unlike `a | b`, a pair that several keep counts once for each, as in LongNet's mixture (Ding et
+    al. 2023, dilated attention). It is what `build_layout` makes of `a + b`.
     """
     first = layouts[0]
     tokens = (first.num_queries, first.num_keys, first.num_groups)
@@ -217,8 +218,8 @@ def stack(layouts: list[BlockLayout], group_of: Int[Tensor, "B Hkv"]) -> BlockLa
             raise ValueError("stack takes layouts that differ in their lists only")
     for members in zip(*(layout.parts for layout in layouts), strict=True):
         shifts = _offsets([p.tiles.shape[0] for p in members])
-        rows = _stack_lists([p.rows for p in members], shifts)
-        columns = _stack_lists([p.columns for p in members], shifts)
+        rows = stack_lists([p.rows for p in members], shifts)
+        columns = stack_lists([p.columns for p in members], shifts)
         tiles = torch.cat([p.tiles for p in members])
         parts.append(replace(members[0], rows=rows, columns=columns, tiles=tiles))
     names = " / ".join(dict.fromkeys(layout.pattern for layout in layouts))
@@ -236,12 +237,13 @@ def _with_parts(
     return BlockLayout(**values | {"parts": parts, "schedule": schedule})
 
 
-def _major(lists: Lists) -> Int[Tensor, "Z"]:
-    """Row number of each entry; rows of later groups follow on."""
-    num_rows = lists.full.numel()
+def _entries(lists: Lists) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+    """Row number and place of each entry of all groups, which may share places."""
     starts = lists.ptr[:, :-1].reshape(-1).long()
-    ends = lists.ptr[:, 1:].reshape(-1).long()
-    return torch.arange(num_rows, device=starts.device).repeat_interleave(ends - starts)
+    count = lists.ptr[:, 1:].reshape(-1).long() - starts
+    row = torch.arange(count.numel(), device=starts.device).repeat_interleave(count)
+    inner = torch.arange(row.numel(), device=starts.device) - (count.cumsum(0) - count)[row]
+    return row, starts[row] + inner
 
 
 def _add_part(total: Tensor, layout: BlockLayout, part: Part, group: int) -> None:
@@ -315,7 +317,10 @@ def _concat_lists(lists: list[Lists], widths: list[int], tile_shifts: list[int])
     return Lists(torch.stack(ptrs), torch.stack(fulls), torch.cat(indices), tile)
 
 
-def _stack_lists(lists: list[Lists], tile_shifts: list[int]) -> Lists:
+def stack_lists(lists: list[Lists], tile_shifts: list[int]) -> Lists:
+    """Put the groups of all lists side by side; `tile_shifts` are added to their tiles."""
+    if len(lists) == 1 and not tile_shifts[0]:
+        return lists[0]
     shifts = _offsets([x.index.shape[0] for x in lists])
     shifted = list(zip(lists, shifts, tile_shifts, strict=True))
     return Lists(

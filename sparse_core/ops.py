@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -48,6 +49,7 @@ def sparse_attention(
     Raises ValueError for shapes, dtypes, devices that do not fit, and RuntimeError for a named
     engine that cannot run here.
     """
+    layout = _for_batch(layout, q.shape[0])
     _validate(q, k, v, layout, key_bias, alibi_slopes)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if precision not in ("ieee", "tf32"):
@@ -423,6 +425,18 @@ def _run_reference(
         distance = coordinate_distance(layout.query_coords, layout.key_coords, q.dtype)
         alibi = -alibi_slopes[:, None, None] * distance
     return reference_attention(q, k, v, counts, scale=scale, key_bias=key_bias, alibi=alibi)
+
+
+def _for_batch(layout: BlockLayout, batch: int) -> BlockLayout:
+    """Let all samples use the groups of one; remembered with the layout."""
+    if batch == 1 or layout.group_of.shape[0] != 1:
+        return layout
+    if torch.compiler.is_compiling():
+        return replace(layout, group_of=layout.group_of.repeat(batch, 1))
+    known: dict[int, BlockLayout] = layout.__dict__.setdefault("_batches", {})
+    if batch not in known:
+        known[batch] = replace(layout, group_of=layout.group_of.repeat(batch, 1))
+    return known[batch]
 
 
 def _validate(

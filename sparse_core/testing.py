@@ -109,7 +109,9 @@ def run_with_gradients(attention: Attention, inputs: Inputs) -> dict[str, Tensor
 
 
 def reference_results(
-    inputs: Inputs, mask: Bool[Tensor, "*G Tq Tk"], distance: Float[Tensor, "Tq Tk"]
+    inputs: Inputs,
+    counts: Int[Tensor, "*G Tq Tk"] | Bool[Tensor, "*G Tq Tk"],
+    distance: Float[Tensor, "Tq Tk"],
 ) -> dict[str, Tensor]:
     """Compute what is right, in float64."""
     exact = Inputs(*(getattr(inputs, name).double() for name in Inputs.__dataclass_fields__))
@@ -118,7 +120,7 @@ def reference_results(
         q: Tensor, k: Tensor, v: Tensor, bias: Tensor, slopes: Tensor
     ) -> tuple[Tensor, Tensor]:
         alibi = -slopes[:, None, None] * distance.double()
-        return reference_attention(q, k, v, mask, key_bias=bias, alibi=alibi)
+        return reference_attention(q, k, v, counts, key_bias=bias, alibi=alibi)
 
     return run_with_gradients(attention, exact)
 
@@ -167,13 +169,23 @@ def check_against_float64(
     `plain` leaves out key bias and slopes.
     """
     where = inputs.q.shape[1] if coords is None else coords
-    layout = build_layout(pattern, where, segments=segments, block_size=block_size)
+    heads, kv_heads = inputs.q.shape[2], inputs.k.shape[2]
+    layout = build_layout(
+        pattern, where, segments=segments, block_size=block_size, num_kv_heads=kv_heads
+    )
     distance = coordinate_distance(layout.query_coords, layout.key_coords, torch.float64)
-    mask = pattern.mask(where, segments=segments)
+    counts = torch.stack(
+        [
+            pattern.counts(where, segments=segments, head=head * kv_heads // heads)
+            for head in range(heads)
+        ]
+        if layout.num_groups > 1
+        else [pattern.counts(where, segments=segments)]
+    )
     if plain:
         none = (torch.zeros_like(x) for x in (inputs.key_bias, inputs.alibi_slopes))
         inputs = replace(inputs, **dict(zip(("key_bias", "alibi_slopes"), none, strict=True)))
-    expected = reference_results(inputs, mask, distance)
+    expected = reference_results(inputs, counts, distance)
     if plain:
         for name in ("dkey_bias", "dalibi_slopes"):
             expected[name].zero_()

@@ -57,6 +57,7 @@ class SparseEncoder(nn.Module):
         self.patterns = tuple(dict.fromkeys(p for p in each if p is not None))
         self.layout_of_layer = [None if p is None else self.patterns.index(p) for p in each]
         self.checkpointing = checkpointing
+        self.num_kv_heads = num_kv_heads or num_heads
         axes = coord_dims if rotary_axes is None else rotary_axes
         self.rotary = (
             RotaryEmbedding(dim // num_heads, coord_dims=axes, base=rotary_base) if axes else None
@@ -86,7 +87,9 @@ class SparseEncoder(nn.Module):
         """Build the layout of each distinct pattern; see `build_layout` for the arguments."""
         device = next(self.parameters()).device
         return tuple(
-            build_layout(pattern, coords, segments=segments, device=device)
+            build_layout(
+                pattern, coords, segments=segments, num_kv_heads=self.num_kv_heads, device=device
+            )
             for pattern in self.patterns
         )
 

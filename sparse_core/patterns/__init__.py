@@ -1,9 +1,10 @@
 """Who may attend to whom: small frozen values, composed with `|` and `&`."""
 
-from sparse_core.patterns.base import Intersection, Pattern, Union
+from sparse_core.patterns.base import Intersection, Pattern, Sum, Union
 from sparse_core.patterns.block_list import BlockList
 from sparse_core.patterns.causal import Causal
 from sparse_core.patterns.dense import Dense
+from sparse_core.patterns.dilated_segments import DilatedSegments
 from sparse_core.patterns.dilated_window import DilatedWindow
 from sparse_core.patterns.global_tokens import GlobalTokens
 from sparse_core.patterns.random_blocks import RandomBlocks
@@ -17,6 +18,7 @@ PATTERNS: dict[str, type[Pattern]] = {
         Causal,
         SlidingWindow,
         DilatedWindow,
+        DilatedSegments,
         Strided,
         GlobalTokens,
         RandomBlocks,
@@ -29,6 +31,7 @@ __all__ = [
     "BlockList",
     "Causal",
     "Dense",
+    "DilatedSegments",
     "DilatedWindow",
     "GlobalTokens",
     "Intersection",
@@ -36,5 +39,6 @@ __all__ = [
     "RandomBlocks",
     "SlidingWindow",
     "Strided",
+    "Sum",
     "Union",
 ]

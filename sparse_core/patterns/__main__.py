@@ -5,6 +5,7 @@ attention as the sequence grows, and writes `patterns.png`.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sparse_core.patterns import (
     BlockList,
     Causal,
     Dense,
+    DilatedSegments,
     DilatedWindow,
     GlobalTokens,
     Pattern,
@@ -34,6 +36,7 @@ SMALL: list[Pattern] = [
     SlidingWindow(3),
     SlidingWindow(left=6, right=0),
     DilatedWindow(3, 3),
+    DilatedSegments(16, 3, offset=1),
     Strided(5),
     Strided(3, block=4),
     GlobalTokens(2, positions=(20,)),
@@ -42,6 +45,7 @@ SMALL: list[Pattern] = [
     SlidingWindow(2) | GlobalTokens(2),
     SlidingWindow(3) | GlobalTokens(2) | RandomBlocks(1, block=4, seed=2),
     (SlidingWindow(3) | DilatedWindow(4, 4)) & Causal(),
+    DilatedSegments(8) + DilatedSegments(16, 2, offset=0) + DilatedSegments(32, 4, offset=0),
 ]
 """What is drawn."""
 
@@ -55,6 +59,7 @@ LARGE: list[Pattern] = [
     RandomBlocks(3, block=64),
     SlidingWindow(256) | GlobalTokens(64),
     SlidingWindow(96) | GlobalTokens(128) | RandomBlocks(3, block=64),
+    DilatedSegments(1024, 1, 0) + DilatedSegments(8192, 8, 0) + DilatedSegments(65_536, 64, 0),
 ]
 """What is counted."""
 
@@ -118,7 +123,7 @@ def _draw(drawings: list[tuple[str, Bool[Tensor, "T T"]]], path: Path) -> None:
     for place, (name, mask) in enumerate(drawings):
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.imshow(mask.numpy(), cmap=colours, vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(name.replace(" | ", "\n| ").replace(" & ", "\n& "), fontsize=7)
+        axes.set_title(re.sub(r" ([|&+]) ", r"\n\1 ", name), fontsize=7)
         axes.set_xticks([])
         axes.set_yticks([])
     figure.supxlabel("key")

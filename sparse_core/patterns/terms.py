@@ -125,6 +125,14 @@ class Congruent:
         """Class of each token: tokens of one class see each other."""
         return (coords[..., self.axis] // self.block) % self.stride
 
+    def classify(self, tokens: Tokens) -> Int[Tensor, "*S"]:
+        """Number the class of each token."""
+        return self.residue(tokens.coords)
+
+    def num_classes(self, longest: int) -> int:
+        """Count the classes of a sequence."""
+        return self.stride
+
     def may_touch(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
         """Look for a multiple of the stride in the range of differences."""
         smallest, largest = self._differences(query, key)
@@ -140,6 +148,52 @@ class Congruent:
         k_low, k_high = key.low[..., self.axis], key.high[..., self.axis]
         smallest = q_low // self.block - k_high // self.block
         return smallest, q_high // self.block - k_low // self.block
+
+
+@dataclass(frozen=True, slots=True)
+class InSegment:
+    """Both stand in one segment of `segment` tokens, `offset` plus multiples of `dilation` in it.
+
+    Positions count in each sequence. Without an `offset` the head names it.
+    """
+
+    segment: int
+    dilation: int
+    offset: int | None
+
+    def allows(self, query: Tokens, key: Tokens) -> Bool[Tensor, "..."]:
+        """Compare the segments, and look both tokens up."""
+        if self.offset is None:
+            raise ValueError("this pattern differs from head to head; ask `of_head(number)`")
+        same = query.index // self.segment == key.index // self.segment
+        query_place, key_place = self.place(query.index), self.place(key.index)
+        return same & (query_place == self.offset) & (key_place == self.offset)
+
+    def place(self, index: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
+        """Which offset reaches each position."""
+        return index % self.segment % self.dilation
+
+    def classify(self, tokens: Tokens) -> Int[Tensor, "*S"]:
+        """Number the segment and offset of each token: those of one class may see each other."""
+        return tokens.index // self.segment * self.dilation + self.place(tokens.index)
+
+    def num_classes(self, longest: int) -> int:
+        """Count the classes of a sequence."""
+        return -(-longest // self.segment) * self.dilation
+
+    def may_touch(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """True where the boxes reach a common segment; offsets are left to blocks of one class."""
+        first = torch.maximum(query.index_low // self.segment, key.index_low // self.segment)
+        last = torch.minimum(query.index_high // self.segment, key.index_high // self.segment)
+        return first <= last
+
+    def covers(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
+        """True where nothing is left out: all tokens lie in one segment without gaps."""
+        if self.dilation > 1:
+            return torch.zeros_like(query.index_low * key.index_low, dtype=torch.bool)
+        first = torch.minimum(query.index_low // self.segment, key.index_low // self.segment)
+        last = torch.maximum(query.index_high // self.segment, key.index_high // self.segment)
+        return first == last
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from sparse_core.patterns import (
     BlockList,
     Causal,
     Dense,
+    DilatedSegments,
     DilatedWindow,
     GlobalTokens,
     Pattern,
@@ -64,7 +65,11 @@ def main() -> int:
         SlidingWindow(60) | GlobalTokens(3), tokens=1000, dtype=torch.float32, heads=1, kv_heads=1,
         head_dim=16, plain=True, packed=False,
     )  # fmt: skip
-    print(f"{2 * len(PATTERNS) + 1} cases agree, {time.perf_counter() - begin:.0f} s")
+    _check(
+        DilatedSegments(16) + DilatedSegments(64, 2), tokens=63, dtype=torch.float16, heads=2,
+        kv_heads=2, head_dim=48, plain=True, packed=False,
+    )  # fmt: skip
+    print(f"{2 * len(PATTERNS) + 2} cases agree, {time.perf_counter() - begin:.0f} s")
     return 0
 
 

@@ -20,6 +20,7 @@ from sparse_core.patterns import (
     BlockList,
     Causal,
     Dense,
+    DilatedSegments,
     DilatedWindow,
     GlobalTokens,
     Pattern,
@@ -51,6 +52,9 @@ PATTERNS = [
     SlidingWindow(20) | GlobalTokens(2) | RandomBlocks(2, 16),
     (SlidingWindow(20) | DilatedWindow(5, 7) | GlobalTokens(1)) & Causal(),
 ]
+
+
+LONGNET = DilatedSegments(40) + DilatedSegments(100, 2) + DilatedSegments(10**6, 4)
 
 
 @dataclass(frozen=True)
@@ -171,12 +175,13 @@ def test_no_keys_at_all() -> None:
         Causal(),
         SlidingWindow(left=30, right=0),
         (SlidingWindow(9) | RandomBlocks(2, 16)) & Causal(),
+        LONGNET & Causal(),
     ],
     ids=str,
 )
 def test_causal_patterns_leak_nothing(pattern: Pattern, at: int) -> None:
     inputs = make_inputs(100)
-    layout = build_layout(pattern, 100)
+    layout = build_layout(pattern, 100, num_kv_heads=2)
     before = sparse_attention(inputs.q, inputs.k, inputs.v, layout)
     for x in (inputs.q, inputs.k, inputs.v):
         x[:, at:] += 100 * torch.randn_like(x[:, at:])
@@ -229,6 +234,39 @@ def test_merged_layouts_count_a_pair_once_for_each(engine: Engine) -> None:
     assert_close(engine.run(whole, inputs), reference_results(inputs, counts, distance), inputs)
 
 
+@on_every_engine
+@pytest.mark.parametrize("pattern", [LONGNET, LONGNET & Causal()], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_longnet(engine: Engine, pattern: Pattern, dtype: torch.dtype) -> None:
+    if engine.backend == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton engine has no float64")
+    for tokens, (heads, kv_heads) in product((1, 63, 129), ((2, 2), (6, 3), (4, 1))):
+        inputs = make_inputs(
+            tokens, batch=2, heads=heads, kv_heads=kv_heads, head_dim=48, dtype=dtype
+        )
+        check_against_float64(pattern, inputs, engine)
+        check_against_float64(pattern, inputs, engine, segments=[tokens // 3, tokens - tokens // 3])
+
+
+def test_longnet_mixes_its_branches_by_their_sums() -> None:
+    inputs = make_inputs(130, heads=4, dtype=torch.float64)
+    branches = LONGNET.parts
+    layouts = [build_layout(branch, 130, num_kv_heads=4) for branch in branches]
+    whole = build_layout(LONGNET, 130, num_kv_heads=4)
+
+    def mixture(q, k, v, bias, slopes):
+        found = [sparse_attention(q, k, v, x, key_bias=bias, return_lse=True) for x in layouts]
+        outs, lses = zip(*found, strict=True)
+        shares = torch.stack(lses).softmax(0).transpose(-1, -2)[..., None]
+        return (shares * torch.stack(outs)).sum(0), torch.stack(lses).logsumexp(0)
+
+    def one_softmax(q, k, v, bias, slopes):
+        return sparse_attention(q, k, v, whole, key_bias=bias, return_lse=True)
+
+    expected = run_with_gradients(mixture, inputs)
+    assert_close(run_with_gradients(one_softmax, inputs), expected, inputs)
+
+
 def test_merge_attention_joins_disjoint_keys() -> None:
     inputs = make_inputs(80, dtype=torch.float64)
     near, far = SlidingWindow(9), DilatedWindow(6, 10)
@@ -270,10 +308,10 @@ def test_merge_attention_of_nothing_is_zero() -> None:
     assert (out.grad == 0).all()
 
 
-@pytest.mark.parametrize("pattern", [PATTERNS[1], PATTERNS[-2], PATTERNS[-1]], ids=str)
+@pytest.mark.parametrize("pattern", [PATTERNS[1], PATTERNS[-2], PATTERNS[-1], LONGNET], ids=str)
 def test_gradcheck(pattern: Pattern) -> None:
     inputs = make_inputs(11, heads=2, kv_heads=1, head_dim=2, dtype=torch.float64)
-    layout = build_layout(pattern, 11, segments=[7, 4])
+    layout = build_layout(pattern, 11, segments=[7, 4], num_kv_heads=1)
     leaves = [inputs.q, inputs.k, inputs.v, inputs.key_bias, inputs.alibi_slopes]
     keep = torch.isfinite(sparse_attention(*leaves[:3], layout, return_lse=True)[1])
 

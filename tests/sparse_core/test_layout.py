@@ -14,6 +14,7 @@ from sparse_core.patterns import (
     BlockList,
     Causal,
     Dense,
+    DilatedSegments,
     DilatedWindow,
     GlobalTokens,
     Pattern,
@@ -55,6 +56,10 @@ PATTERNS = [
     SlidingWindow(9) | DilatedWindow(5, 3) | DilatedWindow(4, 7) | GlobalTokens(1, (33,)),
     SlidingWindow(9) | EvenSum(5) | GlobalTokens(1),
     GlobalTokens(4) & SlidingWindow(30) | SlidingWindow(4),
+    DilatedSegments(48),
+    DilatedSegments(33, 4, 2) & Causal(),
+    DilatedSegments(40, 3, 1) | SlidingWindow(3) | GlobalTokens(1),
+    DilatedSegments(48, 2, 1) & DilatedSegments(30, 3, 0),
 ]
 
 
@@ -187,6 +192,45 @@ def test_merge_counts_a_pair_once_per_part() -> None:
     first, second = SlidingWindow(3) | GlobalTokens(1), SlidingWindow(1) | GlobalTokens(0, (4,))
     both = merge([build_layout(first, 40, block_size=16), build_layout(second, 40, block_size=16)])
     assert torch.equal(both.counts(), first.mask(40).int() + second.mask(40).int())
+
+
+LONGNET = DilatedSegments(40) + DilatedSegments(100, 2) + DilatedSegments(10**6, 4)
+BY_HEAD = [
+    LONGNET,
+    LONGNET & Causal(),
+    DilatedSegments(33, 3) + (SlidingWindow(3) | GlobalTokens(1)),
+    DilatedSegments(60, 2) | SlidingWindow(5),
+    DilatedSegments(48, 2) & DilatedSegments(30, 3),
+    DilatedSegments(30, 2) & EvenSum(3),
+]
+
+
+@pytest.mark.parametrize("pattern", BY_HEAD, ids=str)
+def test_layouts_that_differ_from_head_to_head(pattern: Pattern) -> None:
+    for tokens, segments in ((1, None), (129, None), (200, [60, 1, 0, 100, 39])):
+        for block_size in (None, 16):
+            layout = build_layout(
+                pattern, tokens, segments=segments, block_size=block_size, num_kv_heads=7
+            )
+            assert layout.group_of.tolist() == [[head % layout.num_groups for head in range(7)]]
+            for head in range(layout.num_groups):
+                expected = pattern.counts(tokens, segments=segments, head=head)
+                assert torch.equal(layout.counts(head), expected)
+            assert layout.visited_pairs() >= sum(
+                int((layout.counts(group) > 0).sum()) for group in range(layout.num_groups)
+            )
+    with pytest.raises(ValueError, match="give num_kv_heads"):
+        build_layout(pattern, 100)
+
+
+def test_heads_share_the_lists_of_dilated_segments() -> None:
+    one = build_layout(DilatedSegments(4096), 32_768, num_kv_heads=8)
+    eight = build_layout(DilatedSegments(32_768, 8), 32_768, num_kv_heads=8)
+    both = build_layout(DilatedSegments(4096) + DilatedSegments(32_768, 8), 32_768, num_kv_heads=8)
+    assert eight.num_blocks == one.num_blocks == 8 * 64**2
+    assert both.num_blocks == 2 * one.num_blocks
+    assert eight.visited_pairs() == 32_768 * 4096
+    assert [part.queries.stride for part in both.parts] == [1, 8]
 
 
 def test_stack_gives_heads_their_own_lists() -> None:

@@ -8,6 +8,7 @@ from sparse_core.patterns import (
     BlockList,
     Causal,
     Dense,
+    DilatedSegments,
     DilatedWindow,
     GlobalTokens,
     Pattern,
@@ -27,6 +28,8 @@ EXAMPLES = [
     RandomBlocks(2, 16, seed=5),
     BlockList(((0, 1), (2, 0)), 16),
     (SlidingWindow(2) | GlobalTokens(1)) & Causal() | Strided(4),
+    DilatedSegments(20, 3, 1),
+    DilatedSegments(16) + DilatedSegments(64, 4) + (SlidingWindow(2) | GlobalTokens(1)),
 ]
 
 
@@ -50,7 +53,9 @@ def test_every_pattern_has_an_example_and_a_picture() -> None:
         ("Windo(3)", "unknown pattern 'Windo'.*SlidingWindow"),
         ("__import__('os')", "unknown pattern"),
         ("SlidingWindow(radius=open('x'))", "cannot read"),
-        ("SlidingWindow(3) + Causal()", "not a pattern"),
+        ("SlidingWindow(3) - Causal()", "not a pattern"),
+        ("(SlidingWindow(3) + Causal()) | Dense()", "no part of a union"),
+        ("DilatedSegments(8, 2, 2)", "offset lies between"),
         ("SlidingWindow(", "not a pattern"),
         ("SlidingWindow(left=3)", "give radius, or left and right"),
         ("Strided(0)", "stride >= 1"),
@@ -81,6 +86,30 @@ def test_dilated_window_counts_steps() -> None:
     difference = i[:, None] - i
     expected = (difference.abs() <= 12) & (difference % 4 == 0)
     assert torch.equal(DilatedWindow(3, 4).mask(60), expected)
+
+
+def test_dilated_segments_differ_from_head_to_head() -> None:
+    pattern = DilatedSegments(6, 2)
+    i = torch.arange(20)
+    segment, place = i // 6, i % 6 % 2
+    same = segment[:, None] == segment
+    for head in range(3):
+        takes_part = place == head % 2
+        expected = same & takes_part[:, None] & takes_part
+        assert torch.equal(pattern.of_head(head).mask(20), expected)
+        assert torch.equal(pattern.counts(20, head=head), expected.int())
+    with pytest.raises(ValueError, match="from head to head"):
+        pattern.mask(20)
+
+
+def test_a_sum_counts_a_pair_once_for_each_part() -> None:
+    both = SlidingWindow(3) + (SlidingWindow(1) | GlobalTokens(1)) + SlidingWindow(3)
+    near, other = SlidingWindow(3).mask(9), (SlidingWindow(1) | GlobalTokens(1)).mask(9)
+    assert torch.equal(both.counts(9), 2 * near.int() + other.int())
+    assert torch.equal(both.mask(9), near | other)
+    causal = Causal().mask(9).int()
+    assert torch.equal((both & Causal()).counts(9), both.counts(9) * causal)
+    assert torch.equal((Causal() & both).counts(9), both.counts(9) * causal)
 
 
 def test_global_tokens_see_all_and_all_see_them() -> None:
