@@ -15,7 +15,7 @@ from pipelines.genomics.data import (
     match_labels,
     read_label_table,
 )
-from pipelines.genomics.store import ingest
+from pipelines.genomics.ingest import ingest
 from pipelines.shared.batch import TokenBudgetBatches, pack
 from pipelines.shared.errors import InputError
 
