@@ -21,6 +21,10 @@ _INDEX_CODECS = ("bytes", "crc32c")
 _CRC_BYTES = 4
 
 
+class DamageError(InputError):
+    """Chunks of a stored slide are missing, cut short or changed."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """Where rows are: `chunk_rows` in a chunk, `shard_chunks` chunks in a file (0: no shards)."""
@@ -39,7 +43,7 @@ def read_rows(array: Path, start: int = 0, stop: int | None = None) -> np.ndarra
     """Read rows `start` to `stop` (before it) of the array [N, ...] in the folder `array`.
 
     Arrays that are compressed, or cut along another axis than rows, go through Zarr. Raises
-    InputError for a folder that holds no array, and for a chunk that is missing or cut short.
+    DamageError (an InputError) for a folder without an array, for a chunk missing or cut short.
     """
     layout = _read_layout(array)
     if layout is None:
@@ -69,8 +73,8 @@ def _read_metadata(array: Path) -> dict[str, Any]:
     return metadata
 
 
-def _no_array(array: Path, reason: object) -> InputError:
-    return InputError(f"{array} holds no stored array ({reason}); make its features again")
+def _no_array(array: Path, reason: object) -> DamageError:
+    return DamageError(f"{array} holds no stored array ({reason}); make its features again")
 
 
 def _read_layout(array: Path) -> _Layout | None:
@@ -140,8 +144,8 @@ def _read_into(path: Path, offset: int, target: memoryview) -> None:
         raise _damaged(path, error.strerror or str(error)) from error
 
 
-def _damaged(path: Path, reason: str) -> InputError:
-    return InputError(
+def _damaged(path: Path, reason: str) -> DamageError:
+    return DamageError(
         f"{path}: {reason}; the stored slide is damaged: delete its .zarr folder and run the same "
         "command again"
     )

@@ -7,18 +7,19 @@ tiles of each ahead of the encoder.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pipelines.pathology.chunk_files import DamageError
 from pipelines.pathology.encoding import TileEncoder
+from pipelines.pathology.processes import TilePool, check_start, new_pool
 from pipelines.pathology.progress import track
 from pipelines.pathology.reading import Source, TileReader
 from pipelines.pathology.slides import (
@@ -42,15 +43,14 @@ from pipelines.pathology.tile_features import (
     TileRequest,
     encode_tiles,
     select_tiles,
-    start_worker,
 )
 from pipelines.pathology.tiling import TilePlan, Tiles, no_tiles, plan_tiles
 from pipelines.shared.asides import clean
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure
 
+_STORE_REMEDY = "delete this folder; the same command makes it again"
 _SLIDES_PER_WORKER = 8  # fewer do not repay the start of a process
-_TILES_PER_WORKER = 400  # nor do fewer tiles of one slide
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,56 @@ def extract_features(
     )
 
 
+def stream_features(
+    slides: Sequence[SlideFile],
+    *,
+    store: Path,
+    plan: TilePlan,
+    encoder: TileEncoder,
+    mpps: Mapping[str, float] | None = None,
+    workers: int | None = None,
+    ahead: bool = True,
+) -> Iterator[tuple[str, Outcome | None]]:
+    """Yield the id of each slide when its features are there, or why they will not be.
+
+    First those that are there already, with None, then the rest as they are made. Without `ahead`
+    a slide is begun when the one before it has been taken, so that no more than one waits on disk;
+    else whole slides may be made by several processes. Arguments and errors are otherwise those of
+    `extract_features`.
+    """
+    given = mpps or {}
+    jobs = [
+        _Job(slide, store, plan, encoder, given.get(slide.slide_id, slide.mpp)) for slide in slides
+    ]
+    _refuse_others(jobs, new_thresholds=False)
+    store.mkdir(parents=True, exist_ok=True)
+    clean(store)
+    there = {job.slide.slide_id: _is_done(job) for job in jobs}
+    yield from ((slide_id, None) for slide_id, done in there.items() if done)
+    todo = [job for job in jobs if not there[job.slide.slide_id]]
+    if todo:
+        yield from _run(todo, workers) if ahead else _run_by_tiles(todo, _num_processes(workers))
+
+
+def expected_provenances(
+    slides: Sequence[SlideFile],
+    *,
+    plan: TilePlan,
+    encoder: TileEncoder,
+    mpps: Mapping[str, float] | None = None,
+) -> dict[str, dict[str, object]]:
+    """What features of these slides would be made from, by slide id; of those that can be read."""
+    found = {}
+    for slide in slides:
+        mpp = (mpps or {}).get(slide.slide_id, slide.mpp)
+        try:
+            provenance = _provenance(_Job(slide, Path(), plan, encoder, mpp))
+        except OSError:
+            continue
+        found[slide.slide_id] = asdict(provenance)
+    return found
+
+
 def find_current(
     slides: Sequence[SlideFile],
     *,
@@ -251,57 +301,15 @@ def _run(jobs: list[_Job], wanted: int | None) -> Iterator[tuple[str, Outcome]]:
 
 def _run_by_tiles(jobs: list[_Job], processes: int) -> Iterator[tuple[str, Outcome]]:
     """One slide after another; the tiles of a large one are read in processes."""
-    with _TilePool(processes) as pool:
+    with TilePool(processes) as pool:
         for job in jobs:
             yield job.slide.slide_id, _extract_one(job, pool)
 
 
-class _TilePool:
-    """Processes that read tiles: started for the first slide that repays it."""
-
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-        self._pool: ProcessPoolExecutor | None = None
-        self._started: Future[int] | None = None
-
-    def prepare(self, count: int) -> None:
-        """Let processes start, while tissue is sought, if `count` tiles repay it."""
-        least = _TILES_PER_WORKER * self.processes
-        if self._pool is None and self.processes > 1 and count >= least:
-            self._pool = ProcessPoolExecutor(
-                self.processes, mp_context=_spawning(), initializer=start_worker
-            )
-            self._started = self._pool.submit(os.getpid)
-
-    def for_tiles(self, count: int) -> ProcessPoolExecutor | None:
-        """Return the pool, or None where `count` tiles are read sooner without."""
-        self.prepare(count)
-        if self._started is not None:
-            _check_start(self._started)
-        return self._pool
-
-    def discard(self) -> None:
-        """Give up a pool one of whose processes has died."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = self._started = None
-
-    def __enter__(self) -> "_TilePool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
-
-
-def _spawning() -> multiprocessing.context.SpawnContext:
-    # spawned, not forked: the parent may hold threads and locks of torch
-    return multiprocessing.get_context("spawn")
-
-
 def _run_by_slides(jobs: list[_Job], workers: int) -> Iterator[tuple[str, Outcome]]:
     unfinished = {job.slide.slide_id: job for job in jobs}
-    with ProcessPoolExecutor(workers, mp_context=_spawning()) as pool:
-        _check_start(pool.submit(os.getpid))
+    with new_pool(workers) as pool:
+        check_start(pool)
         try:
             for future in as_completed([pool.submit(_extract_named, job) for job in jobs]):
                 slide_id, outcome = future.result()
@@ -314,19 +322,9 @@ def _run_by_slides(jobs: list[_Job], workers: int) -> Iterator[tuple[str, Outcom
     yield from _run_apart(unfinished.values())
 
 
-def _check_start(started: "Future[int]") -> None:
-    try:
-        started.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "worker processes cannot start; call extract_features below "
-            "`if __name__ == '__main__':` or with workers=1"
-        ) from error
-
-
 def _run_apart(jobs: Iterable[_Job]) -> Iterator[tuple[str, Outcome]]:
     for job in jobs:
-        with ProcessPoolExecutor(1, mp_context=_spawning()) as pool:
+        with new_pool(1) as pool:
             try:
                 yield pool.submit(_extract_named, job).result()
             except BrokenProcessPool:
@@ -334,10 +332,10 @@ def _run_apart(jobs: Iterable[_Job]) -> Iterator[tuple[str, Outcome]]:
 
 
 def _extract_named(job: _Job) -> tuple[str, Outcome]:
-    return job.slide.slide_id, _extract_one(job, _TilePool(1))
+    return job.slide.slide_id, _extract_one(job, TilePool(1))
 
 
-def _extract_one(job: _Job, pool: _TilePool) -> Outcome:
+def _extract_one(job: _Job, pool: TilePool) -> Outcome:
     slide = job.slide
     try:
         return _extract(job, pool)
@@ -346,8 +344,13 @@ def _extract_one(job: _Job, pool: _TilePool) -> Outcome:
     except BrokenProcessPool:
         pool.discard()
         return _died(job)
+    except DamageError as error:
+        return Failure(slide.slide_id, str(job.folder), "damaged", str(error), _STORE_REMEDY)
     except InputError:
         raise  # of the encoder: every slide would meet it
+    except OSError as error:
+        reason = f"{error.strerror or error} ({error.filename or job.folder})"
+        return _failed(job, reason, "make room, or allow it; the same command goes on from here")
     except Exception as error:
         return _failed(job, f"{type(error).__name__}: {error}", "report this with the file")
 
@@ -361,7 +364,7 @@ def _failed(job: _Job, reason: str, remedy: str) -> Failure:
     return Failure(job.slide.slide_id, str(job.slide.path), "failed", reason, remedy)
 
 
-def _extract(job: _Job, pool: _TilePool) -> SlideReport:
+def _extract(job: _Job, pool: TilePool) -> SlideReport:
     provenance = _provenance(job)
     with open_slide(job.slide.path, mpp=job.mpp) as slide:
         pool.prepare(_foreseen_tiles(slide, job.plan))

@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from pipelines.pathology.chunk_files import read_rows, read_shape
+from pipelines.pathology.chunk_files import DamageError, read_rows, read_shape
 from pipelines.pathology.encoding import TileEncoder
 from pipelines.pathology.slides import SlideReader
 from pipelines.pathology.tiling import TilePlan, Tiles
@@ -169,8 +169,19 @@ def write_group(
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"))
     aside = aside_of(folder)
+    try:
+        _write_arrays(aside, attributes, arrays)
+    except BaseException:  # a full disk, an interrupt: nothing half written stays
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _move_into_place(aside, folder)
+
+
+def _write_arrays(
+    folder: Path, attributes: Mapping[str, object], arrays: Mapping[str, np.ndarray]
+) -> None:
     noted = {**attributes, "digest": content_digest(arrays)}
-    group = zarr.create_group(aside, zarr_format=3, attributes=noted)
+    group = zarr.create_group(folder, zarr_format=3, attributes=noted)
     for name, array in arrays.items():
         rows = len(array)
         sharded = rows >= _ROWS_WITHOUT_SHARDS
@@ -182,7 +193,6 @@ def write_group(
             compressors=None,
             config={"write_empty_chunks": True},  # a missing file is then always damage
         )
-    _move_into_place(aside, folder)
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -207,7 +217,7 @@ def check_content(folder: Path) -> None:
         if json.loads(path.read_text(encoding="utf-8"))["node_type"] == "array"
     }
     if noted is not None and content_digest(arrays) != noted:
-        raise InputError(
+        raise DamageError(
             f"{folder}: its content is not what was written (digest {noted[:12]}...); the stored "
             "slide is damaged: delete this folder and make it again"
         )

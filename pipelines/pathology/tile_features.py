@@ -1,5 +1,9 @@
 """From an open slide to the features of its tiles: reading, encoding, and what is damaged."""
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -90,7 +94,16 @@ def encode_tiles(
 
 
 def start_worker() -> None:
-    """Do nothing in a new process: finding this function there imports all that reading needs."""
+    """Begin a worker process, which ends with its parent; what reading needs is imported by now."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker process"
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    # a worker waits for work on a pipe that it holds open itself: it would wait forever
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _cut(xy0: np.ndarray, rows: int) -> list[np.ndarray]:
