@@ -66,7 +66,8 @@ class SlideDataset(Dataset[Example]):
     among the patient's. An example's id is that of the slide, or all of them with `;` between.
 
     With `shuffle_positions` they are permuted among the tiles of a slide (an ablation: the tiles
-    stay, their arrangement goes), by case and seed. `augment` needs `set_epoch` before each epoch.
+    stay, their arrangement goes), by case and seed. `memory_bytes` bounds the features that are
+    held, by default `MEMORY_BYTES`. `augment` needs `set_epoch` before each epoch.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class SlideDataset(Dataset[Example]):
         shuffle_positions: bool = False,
         augment: Augmentation | None = None,
         seed: int = 0,
+        memory_bytes: int | None = None,
     ) -> None:
         self.store, self.targets = store, targets
         self.by_patient = bool(cases) and not isinstance(cases[0], str)
@@ -97,7 +99,7 @@ class SlideDataset(Dataset[Example]):
             self.lengths.append(sum(map(len, slides)))
             for slide in slides:
                 size += len(slide) * slide.num_features * np.dtype(np.float32).itemsize
-                if size <= MEMORY_BYTES:
+                if size <= (MEMORY_BYTES if memory_bytes is None else memory_bytes):
                     self._kept[slide.slide_id] = slide.grid, slide.features()
 
     def __len__(self) -> int:

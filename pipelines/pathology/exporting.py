@@ -3,7 +3,7 @@
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +117,21 @@ def write_tensors(path: Path, slide: SlideFeatures) -> None:
     _write_aside(path, lambda aside: torch.save(features, aside))
 
 
-def write_geojson(path: Path, slide: SlideFeatures) -> None:
+def write_geojson(
+    path: Path, slide: SlideFeatures, scores: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Write every tile as a closed square that QuPath reads: a FeatureCollection (RFC 7946).
 
     Corners are level-0 pixels counted from the part that the scanner filled, as QuPath counts them.
-    Tiles are detections, coloured by their share of tissue where it is known.
+    Tiles are detections, coloured by their share of tissue where it is known. `scores` are a number
+    [N] per tile each, written as measurements; then tiles are coloured by the tenth of the tiles
+    that the first of them puts them in.
     """
 
     def write(aside: Path) -> None:
         with aside.open("w", encoding="utf-8") as file:
             file.write('{"type":"FeatureCollection","features":[\n')
-            for start, lines in enumerate(_feature_lines(slide)):
+            for start, lines in enumerate(_feature_lines(slide, scores or {})):
                 file.write(",\n" if start else "")
                 file.write(",\n".join(lines))
             file.write("\n]}\n")
@@ -135,30 +139,41 @@ def write_geojson(path: Path, slide: SlideFeatures) -> None:
     _write_aside(path, write)
 
 
-def _feature_lines(slide: SlideFeatures) -> Iterator[list[str]]:
+def _feature_lines(slide: SlideFeatures, scores: Mapping[str, np.ndarray]) -> Iterator[list[str]]:
     """Yield runs of features as JSON; they are written by hand, for their number."""
     left, top = slide.attributes.get("bounds", [0, 0])[:2]
     first = slide.xy0 - np.array([left, top])
     last = np.rint(first + slide.tile0).astype(np.int64)
     classes = np.clip(np.nan_to_num(slide.tissue, nan=-1.0) * 10, -1, 9).astype(int)
-    heads = [_properties(number) for number in range(len(_COLOURS))] + [_properties(None)]
+    title = "Tissue"
+    if scores:
+        title, first_scores = next(iter(scores.items()))
+        classes = np.argsort(np.argsort(first_scores, kind="stable")) * 10 // len(slide)
+    heads = [_properties(number, title) for number in range(len(_COLOURS))]
+    heads.append(_properties(None, title))
+    keys = [json.dumps(name) for name in scores]
+    measured = np.stack([*scores.values()], axis=1) if scores else np.zeros((len(slide), 0))
     for start in range(0, len(slide), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        columns = (first[rows], last[rows], slide.grid[rows], classes[rows], slide.tissue[rows])
+        columns = (
+            first[rows], last[rows], slide.grid[rows], classes[rows], slide.tissue[rows],
+            measured[rows],
+        )  # fmt: skip
         yield [
             '{"type":"Feature","geometry":{"type":"Polygon","coordinates":'
             f"[[[{x},{y}],[{right},{y}],[{right},{bottom}],[{x},{bottom}],[{x},{y}]]]}},"
             f'{heads[number]},"measurements":{{"column":{col},"row":{row}'
-            + (f',"tissue":{tissue:.4f}' if number >= 0 else "")
+            + (f',"tissue":{tissue:.4f}' if tissue >= 0 else "")
+            + "".join(f",{key}:{value:.6g}" for key, value in zip(keys, values, strict=True))
             + "}}}"
-            for (x, y), (right, bottom), (col, row), number, tissue in zip(
+            for (x, y), (right, bottom), (col, row), number, tissue, values in zip(
                 *(column.tolist() for column in columns), strict=True
             )
         ]
 
 
-def _properties(number: int | None) -> str:
-    name = "Tile" if number is None else f"Tissue {number / 10:.1f} to {number / 10 + 0.1:.1f}"
+def _properties(number: int | None, title: str) -> str:
+    name = "Tile" if number is None else f"{title} {number / 10:.1f} to {number / 10 + 0.1:.1f}"
     colour = _PLAIN_COLOUR if number is None else _COLOURS[number]
     kind = {"name": name, "color": list(colour)}
     return f'"properties":{{"objectType":"detection","classification":{json.dumps(kind)}'

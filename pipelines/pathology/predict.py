@@ -1,39 +1,42 @@
-"""`predict`: batch inference over a folder of slides, going on past the bad ones."""
+"""`predict`: inference over a folder, slide by slide, going on past the bad ones."""
 
 import hashlib
-import json
-import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipelines.pathology.data import SlideDataset
+from pipelines.pathology.cohort import load_objective
 from pipelines.pathology.encoding import TileEncoder, build_encoder
-from pipelines.pathology.features import extract_features
-from pipelines.pathology.manifest import list_slides
-from pipelines.pathology.model import SlideClassifier
+from pipelines.pathology.features import expected_provenances, stream_features
+from pipelines.pathology.manifest import is_table, list_slides, read_slide_table
+from pipelines.pathology.model import build_network
 from pipelines.pathology.progress import track
+from pipelines.pathology.results import Results, Wanted
+from pipelines.pathology.sequences import Predicted, predict_cases
+from pipelines.pathology.slides import SlideFile
 from pipelines.pathology.store import read_provenance, slide_folder
-from pipelines.pathology.stored_features import STORED_ENCODER, have_overviews, match_stored
+from pipelines.pathology.stored_features import STORED_ENCODER, match_stored
 from pipelines.pathology.study import TASK
 from pipelines.pathology.tiling import TilePlan
 from pipelines.shared.checkpoint import LoadedModel, load_model
 from pipelines.shared.errors import InputError
-from pipelines.shared.inference import Prediction
-from pipelines.shared.inference import predict as run
 from pipelines.shared.record import finish_run, open_run
-from pipelines.shared.study import probability_table
-from pipelines.shared.tables import Failure, write_failures, write_table
+from pipelines.shared.tables import Failure, write_failures
 
-_VOLATILE = ("out", "num_workers", "device")
+_VOLATILE = ("out", "num_workers", "device", "max_tokens")
+_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
 def predict(config: dict[str, Any]) -> int:
-    """Predict every slide of the folder; 0, or 3 if some failed.
+    """Predict every slide or patient; 0, or 3 if some failed.
 
-    Results of finished slides are kept in `slides/`, so that the same command goes on where it
-    stopped. Raises InputError if no slide can be predicted.
+    A slide goes all the way, from its file to its pictures, before the next one begins. What is
+    finished stays in `slides/`, so that the same command goes on where it stopped. Raises
+    InputError if nothing can be predicted.
     """
     ckpt, out = Path(config["ckpt"]), Path(config["out"])
     if not config["slides"] and not config["features"]:
@@ -44,66 +47,205 @@ def predict(config: dict[str, Any]) -> int:
     model = load_model(ckpt, task=TASK)
     if config["device"].startswith("cuda") and not torch.cuda.is_available():
         raise InputError("device=cuda: no GPU is found here; use device=cpu")
+    if config["precision"] not in _PRECISIONS:
+        raise InputError(f"precision is {', '.join(_PRECISIONS)}; got {config['precision']!r}")
+    source = _from_slides(config, model) if config["slides"] else _from_store(config, model)
     digest = hashlib.sha256(ckpt.read_bytes()).hexdigest()
-    record = {**config, "ckpt_sha256": digest}
-    store = Path(config["features"] or out / "features")
-    done, failures = (_extract if config["slides"] else _find)(config, record, model, store)
-    write_failures(out / "failures.csv", failures, id_column="slide_id")
-    for failure in failures:
-        print(f"failed: {failure.id}: {failure.status}: {failure.reason}; {failure.remedy}")
-    if not done:
-        raise InputError(f"no slide could be predicted; {out / 'failures.csv'} says why of each")
-    classes: list[str] = model.metadata["classes"]  # type: ignore[assignment]
-    results = _predict_slides(config, model, store, done, classes, out)
-    table = probability_table(
-        [slide_id for slide_id, _ in results],
-        torch.tensor([logits for _, logits in results], dtype=torch.float64).softmax(-1).numpy(),
-        classes,
-        id_column="slide_id",
-    )
-    write_table(out / "predictions.csv", table)
-    finish_run(out, {"slides": len(results), "failures": len(failures)})
-    print(f"{len(results):,} slides predicted: {out / 'predictions.csv'}")
-    if (out / "heatmaps").is_dir():
-        print(f"heatmaps: {out / 'heatmaps'}")
-    if failures:
-        print(f"{len(failures):,} slides failed: {out / 'failures.csv'}")
+    open_run(out, {**config, "ckpt_sha256": digest}, volatile=_VOLATILE)
+    failures = _run(config, model, source, out)
     return 3 if failures else 0
 
 
-def _extract(
-    config: dict[str, Any], record: dict[str, Any], model: LoadedModel, store: Path
-) -> tuple[list[str], list[Failure]]:
-    """Make the features of all slides as the model wants them: ids and failures."""
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where features come from: `stream` yields slides as they have some, or a failure.
+
+    `patients` gives the patient of each slide, for models of patients; `provenances` what each
+    slide's features are made from, which decides whether a result is still one of it. `slides` are
+    the files, where there are any.
+    """
+
+    store: Path
+    patients: dict[str, str]
+    provenances: dict[str, dict[str, object]]
+    slides: dict[str, SlideFile]
+    refused: list[Failure]
+    is_made: bool
+    plan: TilePlan | None = None
+    encoder: TileEncoder | None = None
+
+
+def _run(config: dict[str, Any], model: LoadedModel, source: _Source, out: Path) -> list[Failure]:
+    wanted = Wanted(
+        heatmaps=config["heatmaps"],
+        geojson=config["geojson"],
+        tile_scores=config["tile_scores"],
+        top_tiles=config["top_tiles"] if source.slides else 0,
+    )
+    results = Results(
+        out,
+        load_objective(model.metadata["task"]),  # type: ignore[arg-type]
+        temperature=float(model.metadata["temperature"]),  # type: ignore[arg-type]
+        by_patient=model.metadata["unit"] == "patient",
+        wanted=wanted,
+        store=source.store,
+        slides=source.slides,
+        plan=source.plan,
+    )
+    cases = _cases(source, by_patient=results.by_patient)
+    todo = {name: case for name, case in cases.items() if not results.has(name, case, source)}
+    failures = list(source.refused)
+    network = build_network(model.config)
+    network.load_state_dict(model.state_dict)
+    found = predict_cases(
+        network,
+        _ready(config, source, todo, failures),
+        source.store,
+        by_patient=results.by_patient,
+        ahead=not source.is_made,
+        max_tokens=config["max_tokens"],
+        device=config["device"],
+        autocast=_PRECISIONS[config["precision"]],
+    )
+    show = bool(config["progress"])
+    for item in track(found, total=len(todo), label="predict", enabled=show):
+        failure = item if isinstance(item, Failure) else results.keep(item, source)
+        if failure is not None:
+            failures.append(failure)
+        _drop(config, source, item)
+    failures = sorted(failures, key=lambda failure: failure.id)
+    write_failures(out / "failures.csv", failures, id_column="slide_id")
+    for failure in failures:
+        print(f"failed: {failure.id}: {failure.status}: {failure.reason}; {failure.remedy}")
+    count = results.write_tables([name for name in cases if results.has(name, cases[name], source)])
+    unit = "patient" if results.by_patient else "slide"
+    if not count:
+        raise InputError(f"no {unit} could be predicted; {out / 'failures.csv'} says why of each")
+    finish_run(out, {"slides": count, "failures": len(failures)})
+    print(f"{count:,} {unit}s predicted: {out / 'predictions.csv'}")
+    if (out / "heatmaps").is_dir():
+        print(f"heatmaps: {out / 'heatmaps'}")
+    if failures:
+        print(f"{len(failures):,} failed: {out / 'failures.csv'}")
+    return failures
+
+
+def _cases(source: _Source, *, by_patient: bool) -> dict[str, tuple[str, ...]]:
+    """Slides of each case by its name: a slide's id, or a patient's."""
+    if not by_patient:
+        return {slide_id: (slide_id,) for slide_id in source.patients}
+    cases: dict[str, tuple[str, ...]] = {}
+    for slide_id, patient in source.patients.items():
+        cases[patient] = (*cases.get(patient, ()), slide_id)
+    return cases
+
+
+def _ready(
+    config: dict[str, Any],
+    source: _Source,
+    todo: dict[str, tuple[str, ...]],
+    failures: list[Failure],
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield cases as the features of all their slides are there; note the slides that have none.
+
+    A patient of whose slides some fail is predicted by the others.
+    """
+    if not source.is_made:
+        yield from todo.items()
+        return
+    assert source.plan is not None, "features are made by a plan"
+    assert source.encoder is not None, "and by an encoder"
+    case_of = {slide_id: name for name, case in todo.items() for slide_id in case}
+    waiting = {name: set(case) for name, case in todo.items()}
+    failed: set[str] = set()
+    for slide_id, outcome in stream_features(
+        [source.slides[slide_id] for slide_id in case_of],
+        store=source.store,
+        plan=source.plan,
+        encoder=source.encoder,
+        mpps=_mpps(config, source.slides),
+        workers=config["num_workers"] or None,
+        ahead=config["keep_features"],
+    ):
+        name = case_of[slide_id]
+        waiting[name].discard(slide_id)
+        if isinstance(outcome, Failure):
+            failures.append(outcome)
+            failed.add(slide_id)
+        left = tuple(member for member in todo[name] if member not in failed)
+        if not waiting[name] and left:
+            yield name, left
+
+
+def _drop(config: dict[str, Any], source: _Source, item: Predicted | Failure) -> None:
+    """Remove the features of a predicted case, where they are not to be kept."""
+    if config["keep_features"] or not source.is_made or isinstance(item, Failure):
+        return
+    for slide_id in item.slides:
+        shutil.rmtree(slide_folder(source.store, slide_id), ignore_errors=True)
+
+
+def _from_slides(config: dict[str, Any], model: LoadedModel) -> _Source:
+    """Features are to be made of slide files, as the model wants them."""
     encoder = _encoder_of(model, config)
     plan = TilePlan(**model.metadata["plan"])  # type: ignore[arg-type]
     if plan.hash != model.metadata["plan_hash"]:
         raise InputError(
             f"{config['ckpt']} was trained on tiles cut by another version; train it again"
         )
-    files = list_slides(
-        config["slides"], root=config["root"], columns=config["columns"], where=config["where"]
+    said = {"columns": config["columns"], "where": config["where"]}
+    files = list_slides(config["slides"], root=config["root"], **said)
+    slides = {file.slide_id: file for file in files}
+    provenances = expected_provenances(
+        files, plan=plan, encoder=encoder, mpps=_mpps(config, slides)
     )
-    open_run(Path(config["out"]), record, volatile=_VOLATILE)
-    mpps = {file.slide_id: file.mpp or config["slide_mpp"] for file in files}
-    report = extract_features(
-        files,
-        store=store,
-        plan=plan,
-        encoder=encoder,
-        mpps={slide_id: float(mpp) for slide_id, mpp in mpps.items() if mpp is not None},
-        workers=config["num_workers"] or None,
-    )
-    return report.done, report.failures
+    store = Path(config["features"] or Path(config["out"]) / "features")
+    patients, refused = _patients(config, model, list(slides))
+    return _Source(store, patients, provenances, slides, refused, True, plan, encoder)
 
 
-def _find(
-    config: dict[str, Any], record: dict[str, Any], model: LoadedModel, store: Path
-) -> tuple[list[str], list[Failure]]:
-    """List the stored slides whose features fit the model, and those that do not."""
-    done, failures = match_stored(store, model.metadata)
-    open_run(Path(config["out"]), record, volatile=_VOLATILE)
-    return done, failures
+def _from_store(config: dict[str, Any], model: LoadedModel) -> _Source:
+    """Take stored slides whose features fit the model; the others are refused."""
+    store = Path(config["features"])
+    fitting, others = match_stored(store, model.metadata)
+    patients, refused = _patients(config, model, fitting)
+    provenances = {
+        slide_id: read_provenance(slide_folder(store, slide_id)) or {} for slide_id in patients
+    }
+    return _Source(store, patients, provenances, {}, [*others, *refused], False)
+
+
+def _patients(
+    config: dict[str, Any], model: LoadedModel, slide_ids: list[str]
+) -> tuple[dict[str, str], list[Failure]]:
+    """Patient of each slide, itself for a model of slides; slides without one are refused."""
+    if model.metadata["unit"] != "patient":
+        return {slide_id: slide_id for slide_id in slide_ids}, []
+    given = config["patients"] or config["slides"]
+    if not given or not is_table(Path(given)):
+        raise InputError(
+            f"{config['ckpt']} was trained on patients (unit=patient): say whose the slides are by "
+            "patients=TABLE with slide_id and patient_id"
+        )
+    table = read_slide_table(Path(given), columns=config["columns"])
+    if "patient_id" not in table:
+        raise InputError(
+            f"{given} has no column 'patient_id'; say which it is by columns.patient_id="
+        )
+    known = dict(zip(table["slide_id"], table["patient_id"], strict=True))
+    missing = [slide_id for slide_id in slide_ids if not known.get(slide_id)]
+    remedy = f"add a row with its slide_id and patient_id to {given}"
+    refused = [
+        Failure(name, str(given), "no_patient", "nobody says whose it is", remedy)
+        for name in missing
+    ]
+    return {name: known[name] for name in slide_ids if known.get(name)}, refused
+
+
+def _mpps(config: dict[str, Any], slides: dict[str, SlideFile]) -> dict[str, float]:
+    """Micrometres per pixel by slide, of a table or of `slide_mpp`."""
+    found = {name: file.mpp or config["slide_mpp"] for name, file in slides.items()}
+    return {name: float(mpp) for name, mpp in found.items() if mpp is not None}
 
 
 def _encoder_of(model: LoadedModel, config: dict[str, Any]) -> TileEncoder:
@@ -126,53 +268,3 @@ def _encoder_of(model: LoadedModel, config: dict[str, Any]) -> TileEncoder:
             f"{settings['name']!r} has here; put the same weights in place"
         )
     return encoder
-
-
-def _predict_slides(
-    config: dict[str, Any],
-    model: LoadedModel,
-    store: Path,
-    slide_ids: list[str],
-    classes: list[str],
-    out: Path,
-) -> list[tuple[str, list[float]]]:
-    """Predict what has no result yet; return all results in the folder's order."""
-    network = SlideClassifier(**model.config)  # type: ignore[arg-type]
-    network.load_state_dict(model.state_dict)
-    todo = [slide_id for slide_id in slide_ids if not _is_done(out, store, slide_id)]
-    data = SlideDataset(store, todo)
-    predictions = run(network, data, max_tokens=config["max_tokens"], device=config["device"])
-    for prediction in track(predictions, total=len(todo), label="predict", enabled=True):
-        if config["heatmaps"] and have_overviews(store, [prediction.id]):
-            path = out / "heatmaps" / f"{prediction.id}.png"
-            draw_heatmap(path, store, prediction, classes)
-        _keep(out, store, prediction)
-    return [
-        (slide_id, json.loads(_result_file(out, slide_id).read_text(encoding="utf-8"))["logits"])
-        for slide_id in slide_ids
-    ]
-
-
-def _result_file(out: Path, slide_id: str) -> Path:
-    return out / "slides" / f"{slide_id}.json"
-
-
-def _is_done(out: Path, store: Path, slide_id: str) -> bool:
-    """Tell whether a slide has a result, made from the features that it has now."""
-    path = _result_file(out, slide_id)
-    if not path.exists():
-        return False
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return bool(result["provenance"] == read_provenance(slide_folder(store, slide_id)))
-
-
-def _keep(out: Path, store: Path, prediction: Prediction) -> None:
-    path = _result_file(out, prediction.id)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    result = {
-        "logits": prediction.logits.tolist(),
-        "provenance": read_provenance(slide_folder(store, prediction.id)),
-    }
-    aside.write_text(json.dumps(result), encoding="utf-8")
-    os.replace(aside, path)

@@ -58,7 +58,9 @@ def test_default_makes_its_cohort_and_compares(
     )
     for name in ("abmil", "no_attention"):
         assert metrics["scores"][name]["auroc"]["value"] == 0.5
-    assert len(pd.read_csv(out / "predictions.csv")) == 6
+    table = pd.read_csv(out / "predictions.csv")
+    assert table["split"].value_counts().to_dict() == {"test": 6, "val": 4}
+    assert pd.read_csv(out / "models" / "abmil" / "predictions.csv").shape == table.shape
     assert len(list((out / "heatmaps").glob("*.png"))) == 1
     assert (out / "versions.json").exists()
 
@@ -97,9 +99,11 @@ def test_predict_goes_on_past_bad_slides_and_resumes(
     assert list(failures) == ["slide_id", "path", "status", "reason", "remedy"]
     assert failures["slide_id"].tolist() == ["cut", "text"]
     assert (failures["status"] == "unreadable").all()
-    assert sorted(p.stem for p in (out / "heatmaps").glob("*.png")) == sorted(
-        table["slide_id"].tolist()
-    )
+    drawn = sorted(path.name for path in (out / "heatmaps").glob("*.png"))
+    ids = table["slide_id"].tolist()
+    assert drawn == sorted([f"{i}.png" for i in ids] + [f"{i}.score.png" for i in ids])
+    for folder in ("geojson", "tile_scores", "top_tiles"):
+        assert len(list((out / folder).iterdir())) == 3
     kept = {p: p.stat().st_mtime_ns for p in (out / "slides").iterdir()}
     (slides / "text.svs").unlink()
     (slides / "cut.tiff").unlink()
@@ -116,6 +120,7 @@ def test_train_and_predict_agree(trained: Path, cohort: Path, tmp_path: Path) ->
     )  # fmt: skip
     assert code == 0
     ours = pd.read_csv(trained / "predictions.csv").set_index("slide_id")
+    assert set(ours["split"]) == {"val", "test"}
     again = pd.read_csv(tmp_path / "predictions.csv").set_index("slide_id").loc[ours.index]
     columns = [c for c in ours if c.startswith("probability")]
     assert (ours[columns] - again[columns]).abs().to_numpy().max() < 1e-5
