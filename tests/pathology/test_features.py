@@ -192,7 +192,7 @@ class Half(Spy):
 
 
 def test_tiles_of_one_slide_are_read_in_processes_alike(tmp_path, paint, monkeypatch):
-    monkeypatch.setattr("pipelines.pathology.features._TILES_PER_WORKER", 10)
+    monkeypatch.setattr("pipelines.pathology.processes._TILES_PER_WORKER", 10)
     path = jpeg_pyramid(tmp_path / "a.tiff", paint(1024, 1024, (slice(0, 1024), slice(0, 1024))))
     damage(path, 17, 200)
     reports = [
@@ -216,7 +216,7 @@ class Deadly(Spy):
 
 
 def test_a_process_that_dies_costs_its_slide_alone(tmp_path, paint, monkeypatch):
-    monkeypatch.setattr("pipelines.pathology.features._TILES_PER_WORKER", 1)
+    monkeypatch.setattr("pipelines.pathology.processes._TILES_PER_WORKER", 1)
     jpeg_pyramid(tmp_path / "a.tiff", paint(256, 256, (slice(0, 256), slice(0, 256))))
     (failure,) = extract(tmp_path, tmp_path / "store", Deadly(), workers=None).failures
     assert failure.status == "failed"
