@@ -4,7 +4,7 @@ Biopython counts from 0, half-open; the file from 1, end included. Locations: IN
 Definition, section 3.4.
 """
 
-import gzip
+import io
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from Bio.SeqFeature import (
 from Bio.SeqRecord import SeqRecord
 
 from pipelines.genomics.intervals import Interval, IntervalFile, Part, choose_kind, describe_place
-from pipelines.genomics.lines import read_lines
+from pipelines.genomics.opening import open_source, reading_errors
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure
 
@@ -73,17 +73,17 @@ def read_features(path: Path, columns: Mapping[str, str], feature: str | None) -
 
 def _records(path: Path) -> Iterator[SeqRecord]:
     """Parse records one by one; what Biopython raises becomes an error with file and record."""
-    for _ in read_lines(path, "GenBank file"):
-        pass  # the whole file is text, and not cut short if it is compressed
     last = "before the first record"
-    with path.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        with gzip.open(raw, "rt") if packed else path.open(encoding="utf-8-sig") as text:
-            records = SeqIO.parse(text, "genbank")
-            while (record := _next_record(path, records, last)) is not None:
-                yield record
-                last = f"after record {record.id!r}"
+    with open_source(path, wanted="a GenBank file") as source:
+        text = io.TextIOWrapper(source.stream, encoding="utf-8-sig")
+        try:
+            with reading_errors(str(path), lambda: last):
+                records = SeqIO.parse(text, "genbank")
+                while (record := _next_record(path, records, last)) is not None:
+                    yield record
+                    last = f"after record {record.id!r}"
+        finally:
+            text.detach()
 
 
 def _next_record(path: Path, records: Iterator[SeqRecord], last: str) -> SeqRecord | None:

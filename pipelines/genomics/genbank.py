@@ -33,11 +33,14 @@ def split_genbank(stream: io.BufferedReader, name: str) -> Iterator[GenBankRecor
     """
     text = io.TextIOWrapper(stream, encoding="utf-8-sig")
     records = GenBankScanner(debug=0).parse_records(text, do_features=False)
-    for number in count(1):
-        found = _next(records, name, number)
-        if found is None:
-            return
-        yield found
+    try:
+        for number in count(1):
+            found = _next(records, name, number)
+            if found is None:
+                return
+            yield found
+    finally:
+        text.detach()  # whoever opened the stream closes it
 
 
 def _next(records: Iterator[SeqRecord], name: str, number: int) -> GenBankRecord | None:
