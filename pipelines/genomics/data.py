@@ -101,7 +101,7 @@ class WindowDataset(Dataset[Example]):
         self.targets = None if targets is None else np.asarray(targets, dtype=np.int64)[places]
         # Shared memory, so that workers which live on see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._flips: tuple[int, Bool[ndarray, "W"]] | None = None
+        self._flips: tuple[int, Bool[ndarray, W]] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -135,18 +135,22 @@ class WindowDataset(Dataset[Example]):
     def batches(
         self,
         *,
+        epoch: int = 0,
         max_tokens: int,
         max_sequences: int | None = None,
+        weights: Sequence[float] | None = None,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> "ShardSampler":
-        """Make the batches of the present epoch, read shard by shard."""
+        """Make the batches of an epoch, read shard by shard."""
         from pipelines.genomics.sampler import ShardSampler
 
         return ShardSampler(
             self,
+            epoch=epoch,
             max_tokens=max_tokens,
             max_sequences=max_sequences,
+            weights=weights,
             rank=rank,
             num_ranks=num_ranks,
         )

@@ -3,7 +3,7 @@
 Shards stay packed, four bases to a byte, until their windows are cut: what is moved most is memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +103,8 @@ class Position(TypedDict):
 class ShardSampler(IterableDataset[_Parcel]):
     """One epoch's batches of a data set's windows, every window once.
 
+    With `weights`, as many windows are drawn as there are, each in proportion to its weight.
+
     A store that fits its `memory_bytes` is one shard, and its windows come in any order. Of a
     larger one, shards come in random order, the windows of each spread over the time of
     `mix_shards` of them; so many shards are in memory, and a thread reads the next one meanwhile.
@@ -119,8 +121,10 @@ class ShardSampler(IterableDataset[_Parcel]):
         self,
         windows: WindowDataset,
         *,
+        epoch: int = 0,
         max_tokens: int,
         max_sequences: int | None = None,
+        weights: Sequence[float] | None = None,
         soft_mask: bool = False,
         mix_shards: int = MIX_SHARDS,
         rank: int = 0,
@@ -135,9 +139,10 @@ class ShardSampler(IterableDataset[_Parcel]):
         self.windows = windows
         self.soft_mask = soft_mask
         self._max_tokens, self._max_sequences = max_tokens, max_sequences
+        self._weights = weights
         self._mix_shards = mix_shards
         self._rank, self._num_ranks = rank, num_ranks
-        self._epoch = windows.epoch
+        self._epoch = epoch
         self._batch = 0
         self._ring: UInt8[Tensor, "K R T"] | None = None
 
@@ -163,6 +168,7 @@ class ShardSampler(IterableDataset[_Parcel]):
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         plan = self._plan
+        self.windows.set_epoch(self._epoch)
         turns = range(self._batch + first, len(self), step)
         numbers = [(self._rank + turn * self._num_ranks) % plan.num_batches for turn in turns]
         with _Buffer(self.windows, plan, numbers, soft_mask=self.soft_mask) as buffer:
@@ -207,9 +213,10 @@ class ShardSampler(IterableDataset[_Parcel]):
 
     @cached_property
     def _plan(self) -> "_Plan":
-        self.windows.set_epoch(self._epoch)
         return _Plan.draw(
             self.windows,
+            epoch=self._epoch,
+            weights=self._weights,
             max_tokens=self._max_tokens,
             max_sequences=self._max_sequences,
             mix_shards=self._mix_shards,
@@ -217,7 +224,7 @@ class ShardSampler(IterableDataset[_Parcel]):
 
 
 class WindowLoader(DataLoader[_Parcel]):
-    """Hand over a sampler's batches, and know which one comes next."""
+    """Hand over a sampler's batches, each as one pack, and know which one comes next."""
 
     def __init__(self, sampler: ShardSampler, num_workers: int) -> None:
         super().__init__(
@@ -230,11 +237,11 @@ class WindowLoader(DataLoader[_Parcel]):
         )
         self.sampler_of_windows = sampler
 
-    def __iter__(self) -> Iterator[WindowBatch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[WindowBatch]]:  # type: ignore[override]
         self.sampler_of_windows.prepare(self.num_workers)
         for parcel in super().__iter__():
             # copied before the worker is asked for another: see _RING
-            yield self.sampler_of_windows.receive(parcel)
+            yield (self.sampler_of_windows.receive(parcel),)
 
     def __len__(self) -> int:
         return len(self.sampler_of_windows)
@@ -277,6 +284,8 @@ class _Plan:
         cls,
         windows: WindowDataset,
         *,
+        epoch: int,
+        weights: Sequence[float] | None,
         max_tokens: int,
         max_sequences: int | None,
         mix_shards: int,
@@ -295,10 +304,15 @@ class _Plan:
         )
         np.minimum.at(spans[:, 0], shard, first)
         np.maximum.at(spans[:, 1], shard, end)
-        generator = np.random.default_rng((windows.seed, windows.epoch, 1))
+        generator = np.random.default_rng((windows.seed, epoch, 1))
         turn = generator.permutation(num_shards)
+        drawn = np.arange(first.size)
+        if weights is not None:
+            shares = np.asarray(weights, dtype=np.float64)
+            drawn = generator.choice(first.size, first.size, p=shares / shares.sum())
         # A window's time: its shard's turn, and anywhere within the turns of the shards after it.
-        order = np.argsort(turn[shard] + mix_shards * generator.random(first.size), kind="stable")
+        time = turn[shard[drawn]] + mix_shards * generator.random(drawn.size)
+        order = drawn[np.argsort(time, kind="stable")]
         lengths = (end - first)[order]
         bounds = fill_batches(lengths, max_tokens, max_sequences)
         most_bases = int(np.add.reduceat(lengths, bounds[:-1]).max())

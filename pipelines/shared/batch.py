@@ -172,6 +172,11 @@ class TokenBudgetBatches(Sampler[list[int]]):
         missing = -len(batches) % self._num_ranks
         batches += [batches[index % len(batches)] for index in range(missing)]
         self._batches = batches[self._rank :: self._num_ranks]
+        self._skipped = 0
+
+    def skip(self, count: int) -> None:
+        """Leave out the first batches of the epoch, which were taken before; they still count."""
+        self._skipped = count
 
     def _shuffled(self, generator: torch.Generator) -> list[int]:
         count = len(self._lengths)
@@ -181,7 +186,7 @@ class TokenBudgetBatches(Sampler[list[int]]):
         return drawn.tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+        return iter(self._batches[self._skipped :])
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -12,7 +12,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pipelines.shared.batch import (
@@ -36,6 +35,7 @@ from pipelines.shared.batch import (
     pack_within,
 )
 from pipelines.shared.errors import InputError
+from pipelines.shared.loader import BatchStream, ExampleLoader, MakesBatches, Packs
 from pipelines.shared.objective import Objective
 from pipelines.shared.optim import OptimSettings
 from pipelines.shared.preemption import Preemption
@@ -43,6 +43,8 @@ from pipelines.shared.task import SequenceTask
 from sparse_core.ops import engines_used
 
 SAVE_SECONDS = 10.0  # at least this long between two states on disk
+_SAVE_SHARE = 0.05  # of the time at most goes into saving within epochs
+_AGREE_EVERY = 50  # steps between two questions of several processes whether to save
 
 Network = TypeVar("Network", bound=nn.Module)
 Select = Literal["loss", "last", "auroc", "r2", "c_index"]
@@ -135,8 +137,9 @@ def fit(
 ) -> tuple[Network, FitReport]:
     """Train a network in place on an objective and return it with its best weights.
 
-    `out` is this network's own folder: training goes on from a `last.ckpt` in it, with the numbers
-    of an uninterrupted run. `name` stands before the progress lines, `callbacks` look on.
+    `out` is this network's own folder: training goes on from a `last.ckpt` in it, within an
+    epoch too, with the numbers of an uninterrupted run. `name` stands before the progress lines,
+    `callbacks` look on.
     `sample_weights`, one per training example, make an epoch a draw in their proportion. On
     several devices all processes run the same program; each validates on all of `val`, so that
     they agree. Raises `Preempted` after SIGUSR1, its state saved.
@@ -236,10 +239,33 @@ class Selection(Checkpoint):
         self._served = Counter(engines_used())
         self._served_before: Counter[str] = Counter()
         self._saved_at = time.perf_counter()
+        self._save_seconds = 0.0
+        self._random: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End at once when the run had already lost its patience."""
+        """End at once when the run had already lost its patience; draw on as the run before."""
         self._stop_early(trainer)
+        if self._random:
+            torch.set_rng_state(self._random["cpu"])
+            if len(self._random["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(self._random["cuda"])
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Save the state within a long epoch, between two steps of the optimiser."""
+        every = self._settings.accumulate * (1 if trainer.world_size == 1 else _AGREE_EVERY)
+        done = batch_idx + 1
+        if not self._settings.save_last or done % every or done == trainer.num_training_batches:
+            return
+        pause = max(SAVE_SECONDS, self._save_seconds / _SAVE_SHARE)
+        if trainer.strategy.broadcast(time.perf_counter() - self._saved_at >= pause):
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the epoch with the best one; save the state when it is due."""
@@ -266,6 +292,7 @@ class Selection(Checkpoint):
             "epochs": self._epochs,
             "seconds": self._seconds,
             "engine_calls": self._engine_calls(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -276,6 +303,7 @@ class Selection(Checkpoint):
         self._epochs = state_dict["epochs"]
         self._seconds = state_dict["seconds"]
         self._served_before = Counter(state_dict.get("engine_calls", {}))
+        self._random = state_dict.get("random", {})
 
     def report(self, steps: int) -> FitReport:
         """Sum up the run."""
@@ -310,11 +338,13 @@ class Selection(Checkpoint):
             trainer.should_stop = True
 
     def _save(self, trainer: Trainer) -> None:
+        started = time.perf_counter()
         aside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         trainer.save_checkpoint(aside)
         if trainer.is_global_zero:
             os.replace(aside, self.path)
         self._saved_at = time.perf_counter()
+        self._save_seconds = self._saved_at - started
 
 
 class Progress(Callback):
@@ -419,14 +449,17 @@ class _Batches(LightningDataModule):
             cast(Any, train).targets if objective.joint else None
         )
 
-    def train_dataloader(self) -> DataLoader[Example]:
+    def train_dataloader(self) -> Iterable[Packs]:
         assert self.trainer is not None, "the data module is attached to a trainer"
+        epoch = self.trainer.current_epoch
+        if isinstance(self._train, MakesBatches):
+            return self._stream(self._train, epoch).loader(self._settings.num_workers)
         set_epoch = getattr(self._train, "set_epoch", None)  # of data that is augmented
         if set_epoch is not None:
-            set_epoch(self.trainer.current_epoch)
-        return self._loader(self._train, self._sampler(self.trainer.current_epoch))
+            set_epoch(epoch)
+        return self._loader(self._train, self._sampler(epoch))
 
-    def val_dataloader(self) -> DataLoader[Example]:
+    def val_dataloader(self) -> Iterable[Packs]:
         sampler = TokenBudgetBatches(self._val.lengths, self._settings.max_tokens)
         return self._loader(self._val, sampler)
 
@@ -445,7 +478,21 @@ class _Batches(LightningDataModule):
         return sum(self._steps_of(epoch) for epoch in range(self.count_epochs()))
 
     def _steps_of(self, epoch: int) -> int:
-        return -(-len(self._sampler(epoch)) // self._settings.accumulate)
+        if isinstance(self._train, MakesBatches):
+            count = len(self._stream(self._train, epoch))
+        else:
+            count = len(self._sampler(epoch))
+        return -(-count // self._settings.accumulate)
+
+    def _stream(self, data: MakesBatches, epoch: int) -> BatchStream:
+        return data.batches(
+            epoch=epoch,
+            max_tokens=self._settings.max_tokens,
+            max_sequences=self._settings.batch_size,
+            weights=self._sample_weights,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            num_ranks=self.trainer.world_size if self.trainer else 1,
+        )
 
     def _sampler(self, epoch: int) -> TokenBudgetBatches:
         sampler = TokenBudgetBatches(
@@ -469,14 +516,13 @@ class _Batches(LightningDataModule):
     def _collate(self, examples: list[Example]) -> tuple[PackedBatch, ...]:
         return pack_within(examples, self._settings.max_tokens)
 
-    def _loader(self, examples: Examples, sampler: TokenBudgetBatches) -> DataLoader[Example]:
-        return DataLoader(
-            cast(Any, examples),
-            batch_sampler=sampler,
-            collate_fn=cast(Any, self._collate),
+    def _loader(self, examples: Examples, sampler: TokenBudgetBatches) -> ExampleLoader:
+        return ExampleLoader(
+            examples,
+            sampler,
+            collate=self._collate,
             num_workers=self._settings.num_workers,
-            # its own: the loader's draws must not move the stream that dropout draws from
-            generator=torch.Generator().manual_seed(self._settings.seed),
+            seed=self._settings.seed,
         )
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -66,6 +66,23 @@ class SequenceTask(LightningModule):
         self._train_losses.clear()
         self._started = time.perf_counter()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what an unfinished epoch has come to."""
+        checkpoint["epoch_so_far"] = {
+            "losses": [float(loss) for loss, _ in self._train_losses],
+            "counts": [count for _, count in self._train_losses],
+            "seconds": time.perf_counter() - self._started,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with an unfinished epoch; one that begins forgets this."""
+        before = checkpoint["epoch_so_far"]
+        self._train_losses = [
+            (torch.tensor(loss), count)
+            for loss, count in zip(before["losses"], before["counts"], strict=True)
+        ]
+        self._started = time.perf_counter() - before["seconds"]
+
     def training_step(self, packs: Packs, batch_idx: int) -> Tensor:
         """Return the loss over the sequences of all packs."""
         results = [self._forward(pack, again=len(packs) > 1) for pack in packs]
@@ -88,7 +105,7 @@ class SequenceTask(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Compute the epoch's scores and hand them to the logger."""
-        losses = torch.stack([loss for loss, _ in self._train_losses]).cpu()
+        losses = torch.stack([loss.cpu() for loss, _ in self._train_losses])
         counts = torch.tensor([count for _, count in self._train_losses], dtype=losses.dtype)
         self.scores = {
             "train_loss": float((losses * counts).sum() / counts.sum()),

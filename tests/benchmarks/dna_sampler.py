@@ -25,7 +25,7 @@ from pipelines.genomics.data import WindowDataset
 from pipelines.genomics.genome import read_records
 from pipelines.genomics.ingest import ingest
 from pipelines.genomics.packing import PER_BYTE, unpack
-from pipelines.genomics.sampler import ShardSampler, WindowBatch
+from pipelines.genomics.sampler import ShardSampler
 from pipelines.genomics.store import SequenceStore
 
 CONTEXTS = (512, 16_384, 131_072)
@@ -79,8 +79,7 @@ def _sampled(store: SequenceStore, context: int) -> tuple[float, float, float]:
     sampler = ShardSampler(windows, max_tokens=TOKENS, soft_mask=True)
     bases, count, flipped = 0, 0, 0
     cpu, started = _cpu_seconds(), time.perf_counter()
-    batch: WindowBatch
-    for batch in sampler.loader(num_workers=1):
+    for (batch,) in sampler.loader(num_workers=1):
         assert batch.targets is not None
         assert batch.soft_mask is not None
         bases += len(batch.inputs)

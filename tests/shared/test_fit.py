@@ -140,6 +140,32 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     assert again.scores["val_loss"] == report.scores["val_loss"]
 
 
+def test_a_resumed_run_goes_on_in_the_middle_of_an_epoch(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    train, val = make_examples(24), make_examples(10, seed=1)
+    settings = replace(SETTINGS, epochs=1, max_tokens=20)
+    counting = _Interrupting(make_network(), 10**9, RuntimeError())
+    _, report = fit(
+        counting, train, val, objective=CLASSES, out=tmp_path / "whole", settings=settings
+    )
+    with pytest.raises(RuntimeError, match="power"):
+        fit(
+            _Interrupting(make_network(), report.steps - 2, RuntimeError("power")),
+            train,
+            val,
+            objective=CLASSES,
+            out=tmp_path / "cut",
+            settings=settings,
+        )
+    resumed = _Interrupting(make_network(), 2, RuntimeError("more than the two steps left"))
+    _, again = fit(resumed, train, val, objective=CLASSES, out=tmp_path / "cut", settings=settings)
+    assert report.steps > 4
+    assert resumed.left == 0
+    assert again.scores["train_loss"] == report.scores["train_loss"]
+    _assert_equal(_weights(counting), _weights(resumed))
+
+
 def test_a_finished_network_is_taken_up_without_training(
     tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
 ) -> None:
