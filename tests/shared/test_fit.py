@@ -28,6 +28,7 @@ SETTINGS = FitSettings(epochs=4, max_tokens=60, optim=OptimSettings(lr=0.01), pr
 @pytest.fixture(autouse=True)
 def _always_save(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(fit_module, "_SAVE_SHARE", float("inf"))
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
