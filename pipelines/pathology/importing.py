@@ -31,6 +31,7 @@ from pipelines.pathology.slides import (
     slide_fingerprint,
 )
 from pipelines.pathology.store import (
+    SCHEMA,
     is_current,
     read_provenance,
     slide_folder,
@@ -371,7 +372,7 @@ def _attributes(item: Item, slide: ForeignSlide) -> dict[str, object]:
     own = slide.own or {}
     plan = json.dumps(slide.plan, sort_keys=True).encode()
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "slide_id": item.slide_id,
         "plan": slide.plan,
         "plan_hash": own.get("plan_hash", hashlib.sha256(plan).hexdigest()[:16]),

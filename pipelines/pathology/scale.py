@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pipelines.pathology.data import SlideDataset
 from pipelines.pathology.model import SlideClassifier
 from pipelines.pathology.ordering import hilbert_order
-from pipelines.pathology.store import Provenance, is_current, slide_folder, write_group
+from pipelines.pathology.store import SCHEMA, Provenance, is_current, slide_folder, write_group
 from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitReport, FitSettings, fit, require_device, seed_everything
 from pipelines.shared.objective import Classification
@@ -102,6 +102,7 @@ def make_bag(store: Path, num_tiles: int, *, num_features: int, seed: int) -> st
     rng = np.random.default_rng([seed, num_tiles])
     side = int(grid.max() + 1) * _TILE_PX
     attributes = {
+        "schema": SCHEMA,
         "slide_id": slide_id,
         "dimensions": [side, side],
         "mpp": _MPP,

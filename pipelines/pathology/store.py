@@ -40,7 +40,7 @@ from pipelines.shared.asides import aside_of, remove_leftovers
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import read_table, write_table
 
-SCHEMA = 1
+SCHEMA = "gigasparse-slide/1"
 INDEX_COLUMNS = (
     "slide_id", "num_tiles", "num_features", "encoder", "encoder_fingerprint", "plan_hash",
     "mpp", "mpp_source", "digest",
@@ -61,7 +61,7 @@ class Provenance:
     plan_hash: str
     encoder: str
     encoder_fingerprint: str
-    schema: int = SCHEMA
+    schema: str = SCHEMA
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,11 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{platform.node()}-{os.getpid()}")
 
 
+def is_aside(path: Path) -> bool:
+    """Tell by its name whether something is being written, or was left unfinished, at `path`."""
+    return ".tmp-" in path.name
+
+
 def remove_leftovers(candidates: Iterable[Path]) -> None:
     """Remove files and folders that ended processes left aside; other paths are not touched.
 
