@@ -145,5 +145,7 @@ VERBS = {
     ),
 }
 
+HEALTH = "pipelines.pathology.health"
+
 if __name__ == "__main__":
     raise SystemExit(main("pathology", VERBS))

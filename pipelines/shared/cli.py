@@ -229,7 +229,8 @@ def _unknown_key(key: str, known: Sequence[str], groups: Sequence[str]) -> str:
     below = [name for name in known if prefix and name.startswith(f"{prefix}.")]
     if below:
         return message + f"{prefix} has: {', '.join(below)}"
-    return message + f"settings: {', '.join(settings)}\nchoices: {', '.join(groups)}"
+    choices = f"\nchoices: {', '.join(groups)}" if groups else ""
+    return message + f"settings: {', '.join(settings)}{choices}"
 
 
 def _check_kind(key: str, defaults: Mapping[str, object], config: Mapping[str, object]) -> None:
@@ -401,14 +402,16 @@ def _pipeline_help(pipeline: str, verbs: Mapping[str, Verb]) -> str:
 def _verb_help(pipeline: str, name: str, verb: Verb) -> str:
     program = f"python -m pipelines.{pipeline} {name}"
     lines = [f"{program} [KEY=VALUE ...] [--multirun] [--cfg]", "", verb.summary, ""]
-    lines += [format_settings(read_root(verb.config)), ""]
+    root = read_root(verb.config)
+    has_choices = bool(root.groups)
+    lines += [format_settings(root), ""]
     lines += [
         "Options",
         "  --cfg             print the resolved configuration and stop",
         "  --multirun, -m    run every combination of values given with commas, and compare",
         "",
         "Any sign may stand in a path (KEY=PATH); quote it for your shell only.",
-        "Settings below a choice are written with a dot: --cfg shows them all.",
+        *(["Settings below a choice are written with a dot: --cfg shows them all."] * has_choices),
         "",
         "Examples",
     ]

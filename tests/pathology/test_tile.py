@@ -179,3 +179,10 @@ def test_real_slides_are_tiled_and_refused(real_data, tmp_path):
         "TCGA-CR-7395-01A-01-TS1": "missing_mpp",
         "unreadable": "unreadable",
     }
+
+
+def test_a_verb_without_choices_speaks_of_none(capsys):
+    assert main("pathology", VERBS, ["tile", "--help"]) == 0
+    assert "choice" not in capsys.readouterr().out
+    assert main("pathology", VERBS, ["tile", "slidez=x"]) == 2
+    assert "choices" not in capsys.readouterr().err
