@@ -1,4 +1,4 @@
-"""What colour alone tells."""
+"""What models are compared with; what colour alone tells."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,6 +7,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipelines.pathology.store import SlideFeatures
+
+BASELINES = {
+    "mean": "mean pooling",
+    "max": "max pooling",
+    "abmil": "attention pooling (ABMIL)",
+    "gated_abmil": "gated attention pooling (ABMIL)",
+    "clam_sb": "CLAM, single branch",
+    "dense": "same encoder, every tile sees every tile",
+    "no_attention": "same encoder, attention off",
+    "shuffled": "same encoder, positions shuffled",
+    "window": "same encoder, window alone",
+    "colour": "slide colour, logistic regression",
+}
 
 
 def colour_numbers(slide: SlideFeatures) -> NDArray[np.float64]:

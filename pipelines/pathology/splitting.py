@@ -32,7 +32,7 @@ _QUANTILES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Cohort:
+class Roster:
     """Slides or, where there are no slide ids, patients: a row each, in the table's order.
 
     `table` has patient_id, and slide_id unless rows are patients, and every column of the label
@@ -57,16 +57,15 @@ class Cohort:
 
 def split(config: dict[str, Any]) -> int:
     """Write splits_0.csv, splits_1.csv, ... and what they hold; with dry_run, only say it."""
-    cohort = read_cohort(
+    roster = read_roster(
         Path(config["labels"]),
         slides=config["slides"],
         columns=config["columns"],
         where=config["where"],
         stratify=config["stratify"],
     )
-    folds = make_folds(cohort, config)
-    text = f"{describe(cohort)}\n\n{align(_shown(summarise_folds(cohort, folds)))}"
-    print(text)
+    folds = make_folds(roster, config)
+    print(f"{describe(roster)}\n\n{format_folds(roster, folds)}")
     out = Path(config["out"])
     if config["dry_run"]:
         print("dry run: nothing is written")
@@ -74,22 +73,22 @@ def split(config: dict[str, Any]) -> int:
     if open_run(out, config) is RunState.FINISHED:
         print(f"{out} holds these splits already")
         return 0
-    paths = write_folds(out, cohort, folds)
-    write_table(out / "summary.csv", summarise_folds(cohort, folds))
+    paths = write_folds(out, roster, folds)
+    write_table(out / "summary.csv", summarise_folds(roster, folds))
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    finish_run(out, {"folds": len(folds), "rows": len(cohort.ids), "sha256": digests})
+    finish_run(out, {"folds": len(folds), "rows": len(roster.ids), "sha256": digests})
     print(f"\n{paths[0]}{f' ... {paths[-1].name}' if len(paths) > 1 else ''}")
     return 0
 
 
-def read_cohort(
+def read_roster(
     path: Path,
     *,
     slides: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, object] | None = None,
     stratify: str | None = None,
-) -> Cohort:
+) -> Roster:
     """Read who is to be split, and what by: `stratify`, else the label, else the event.
 
     A column of more than 20 different numbers is cut at its quartiles. Raises InputError for
@@ -127,10 +126,10 @@ def read_cohort(
         )
     _require_filled(path, table, column)
     strata, how = _strata(table[column])
-    return Cohort(path, table, strata, f"{column}{how}")
+    return Roster(path, table, strata, f"{column}{how}")
 
 
-def make_folds(cohort: Cohort, config: Mapping[str, Any]) -> list[list[str | None]]:
+def make_folds(roster: Roster, config: Mapping[str, Any]) -> list[list[str | None]]:
     """Split of each row in each fold, drawn as `scheme` says, or as `splits` has them.
 
     None for rows that given tables do not name. Raises InputError for leaks, ids listed.
@@ -138,53 +137,65 @@ def make_folds(cohort: Cohort, config: Mapping[str, Any]) -> list[list[str | Non
     contents = _contents(config["features"])
     if config["splits"]:
         tables = read_split_tables(Path(config["splits"]))
-        folds = [_complete(cohort, table, config) for table in tables]
+        folds = [_complete(roster, table, config) for table in tables]
     else:
-        folds = [list(splits) for splits in draw_folds(_rows(cohort, config), **_scheme(config))]
+        folds = [list(splits) for splits in draw_folds(_rows(roster, config), **_scheme(config))]
     for splits in folds:
         named = [row for row, word in enumerate(splits) if word is not None]
         require_no_leak(
-            [cohort.ids[row] for row in named],
-            [cohort.patients[row] for row in named],
+            [roster.ids[row] for row in named],
+            [roster.patients[row] for row in named],
             [str(splits[row]) for row in named],
             contents=contents,
         )
     return folds
 
 
-def write_folds(out: Path, cohort: Cohort, folds: Sequence[Sequence[str | None]]) -> list[Path]:
+def write_folds(out: Path, roster: Roster, folds: Sequence[Sequence[str | None]]) -> list[Path]:
     """Write splits_0.csv, splits_1.csv, ...: slide_id, patient_id, split."""
-    ids = [name for name in ("slide_id", "patient_id") if name in cohort.table]
+    ids = [name for name in ("slide_id", "patient_id") if name in roster.table]
     paths = []
     for number, splits in enumerate(folds):
-        table = cohort.table[ids].assign(split=list(splits))
+        table = roster.table[ids].assign(split=list(splits))
         paths.append(out / f"splits_{number}.csv")
         write_table(paths[-1], table[table["split"].notna()])
     return paths
 
 
-def summarise_folds(cohort: Cohort, folds: Sequence[Sequence[str | None]]) -> pd.DataFrame:
+def summarise_folds(roster: Roster, folds: Sequence[Sequence[str | None]]) -> pd.DataFrame:
     """Count rows and patients of each stratum: fold, split, stratum, rows, patients."""
     rows = []
     for number, splits in enumerate(folds):
-        counts = Counter(zip(splits, cohort.strata, strict=True))
+        counts = Counter(zip(splits, roster.strata, strict=True))
         patients = Counter(
             (word, stratum)
-            for word, stratum, _ in set(zip(splits, cohort.strata, cohort.patients, strict=True))
+            for word, stratum, _ in set(zip(splits, roster.strata, roster.patients, strict=True))
         )
         for word in (*SPLITS, EXTERNAL):
-            for stratum in sorted(set(cohort.strata)):
+            for stratum in sorted(set(roster.strata)):
                 if any(word == held for held, _ in counts):
                     key = (word, stratum)
                     rows.append((number, word, stratum, counts[key], patients[key]))
-    return pd.DataFrame(rows, columns=["fold", "split", cohort.stratum, "rows", "patients"])
+    return pd.DataFrame(rows, columns=["fold", "split", roster.stratum, "rows", "patients"])
 
 
-def describe(cohort: Cohort) -> str:
+def format_folds(roster: Roster, folds: Sequence[Sequence[str | None]]) -> str:
+    """Return a line per fold and split, a column per stratum: patients."""
+    summary = summarise_folds(roster, folds)
+    wide = summary.pivot_table(
+        index=["fold", "split"], columns=summary.columns[2], values="patients", sort=False
+    )
+    lines = [["fold", "split", *(f"{name}" for name in wide.columns), "patients"]]
+    for key, row in zip(wide.index, wide.to_numpy(), strict=True):
+        lines.append([str(key[0]), str(key[1]), *(f"{n:.0f}" for n in row), f"{row.sum():.0f}"])
+    return align(lines)
+
+
+def describe(roster: Roster) -> str:
     """Say how many there are of whom."""
-    kind = "slides" if "slide_id" in cohort.table else "patients"
-    patients = f" of {len(set(cohort.patients)):,} patients" if kind == "slides" else ""
-    return f"{len(cohort.ids):,} {kind}{patients}, stratified by {cohort.stratum}"
+    kind = "slides" if "slide_id" in roster.table else "patients"
+    patients = f" of {len(set(roster.patients)):,} patients" if kind == "slides" else ""
+    return f"{len(roster.ids):,} {kind}{patients}, stratified by {roster.stratum}"
 
 
 def _scheme(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,34 +206,34 @@ def _scheme(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"scheme": scheme, **{name: config[name] for name in names}}
 
 
-def _rows(cohort: Cohort, config: Mapping[str, Any]) -> Rows:
-    table, sites = cohort.table, None
+def _rows(roster: Roster, config: Mapping[str, Any]) -> Rows:
+    table, sites = roster.table, None
     if config["scheme"] == "site":
         if not config["site"] or config["site"] not in table:
             raise InputError(
-                f"scheme=site needs site=COLUMN of {cohort.path}; it has "
+                f"scheme=site needs site=COLUMN of {roster.path}; it has "
                 f"{', '.join(map(repr, table.columns))}"
             )
-        _require_filled(cohort.path, table, config["site"])
+        _require_filled(roster.path, table, config["site"])
         sites = list(table[config["site"]])
     external = None
     if config["external"]:
-        inside = keep_rows(cohort.path, table, config["external"], key="external").index
+        inside = keep_rows(roster.path, table, config["external"], key="external").index
         external = [row in set(inside) for row in table.index]
-    return Rows(cohort.ids, cohort.strata, cohort.patients, sites, external)
+    return Rows(roster.ids, roster.strata, roster.patients, sites, external)
 
 
-def _complete(cohort: Cohort, table: SplitTable, config: Mapping[str, Any]) -> list[str | None]:
+def _complete(roster: Roster, table: SplitTable, config: Mapping[str, Any]) -> list[str | None]:
     """Splits that a given table names, with validation cut out of train where it has none."""
-    slides = cohort.ids if "slide_id" in cohort.table else [""] * len(cohort.ids)
-    splits = table.split_rows(slides, cohort.patients)
+    slides = roster.ids if "slide_id" in roster.table else [""] * len(roster.ids)
+    splits = table.split_rows(slides, roster.patients)
     if "val" in splits:
         return splits
     rows = [row for row, word in enumerate(splits) if word in ("train", "test")]
     drawn = assign_splits(
-        ids=[cohort.ids[row] for row in rows],
-        labels=[cohort.strata[row] for row in rows],
-        groups=[cohort.patients[row] for row in rows],
+        ids=[roster.ids[row] for row in rows],
+        labels=[roster.strata[row] for row in rows],
+        groups=[roster.patients[row] for row in rows],
         given=[str(splits[row]) for row in rows],
         val_fraction=config["val_fraction"],
         seed=config["seed"],
@@ -252,15 +263,3 @@ def _require_filled(path: Path, table: pd.DataFrame, column: str) -> None:
     empty = table.index[table[column] == ""].tolist()
     if empty:
         raise InputError(f"{path}, row {empty[0]}: {column} is empty; fill it or drop the row")
-
-
-def _shown(summary: pd.DataFrame) -> list[list[str]]:
-    """A line per fold and split, a column per stratum: patients."""
-    stratum = summary.columns[2]
-    wide = summary.pivot_table(
-        index=["fold", "split"], columns=stratum, values="patients", sort=False
-    )
-    lines = [["fold", "split", *(f"{name}" for name in wide.columns), "patients"]]
-    for key, row in zip(wide.index, wide.to_numpy(), strict=True):
-        lines.append([str(key[0]), str(key[1]), *(f"{n:.0f}" for n in row), f"{row.sum():.0f}"])
-    return lines

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipelines.pathology.baseline import fit_colour_baseline
+from pipelines.pathology.baseline import BASELINES, fit_colour_baseline
 from pipelines.pathology.cohort import Case, Cohort, make_objective, sample_weights
 from pipelines.pathology.data import Augmentation, SlideDataset
 from pipelines.pathology.heatmap import draw_attention
@@ -23,6 +23,7 @@ from pipelines.shared.evaluation import score
 from pipelines.shared.fit import FitReport, FitSettings
 from pipelines.shared.inference import Prediction
 from pipelines.shared.metrics import Score, format_table
+from pipelines.shared.model_card import write_model_card
 from pipelines.shared.network import FeatureStem
 from pipelines.shared.objective import Classification, Objective, Outputs
 from pipelines.shared.record import finish_run, is_main_process
@@ -31,18 +32,6 @@ from pipelines.shared.study import Contender, name_engines, train_contender
 from pipelines.shared.tables import Failure, write_failures, write_table
 
 TASK = "pathology"
-BASELINES = {
-    "mean": "mean pooling",
-    "max": "max pooling",
-    "abmil": "attention pooling (ABMIL)",
-    "gated_abmil": "gated attention pooling (ABMIL)",
-    "clam_sb": "CLAM, single branch",
-    "dense": "same encoder, every tile sees every tile",
-    "no_attention": "same encoder, attention off",
-    "shuffled": "same encoder, positions shuffled",
-    "window": "same encoder, window alone",
-    "colour": "slide colour, logistic regression",
-}
 SHOWN = ("auroc", "accuracy", "balanced_accuracy", "r2", "mae", "c_index")
 """Scores that a terminal has room for; `metrics.json` has all."""
 
@@ -213,7 +202,9 @@ class Study:
         scores = {name: result.scores for name, result in results.items()}
         summary = self._summary(scores, self._draw_heatmaps(model))
         (self.out / "summary.txt").write_text(summary, encoding="utf-8")
-        finish_run(self.out, self._metrics(results, failures))
+        metrics = self._metrics(results, failures)
+        write_model_card(self.out, metrics)
+        finish_run(self.out, metrics)
         print(f"\n{summary}")
         if failures:
             print(f"{len(failures):,} slides or labels left out: {self.out / 'failures.csv'}")

@@ -9,6 +9,10 @@ same tile features bit for bit.
            class 0: none lie within 3 tiles                                A . . . . B
     far    class 1: the A-rich island lies left of the B-rich one          AA.A      B.BB
            class 0: right of it; the glass between stops any local window  B.BB      AA.A
+
+A third kind of cohort is for models that pool: here the arrangement says nothing.
+
+    bag    class 1: many B, anywhere; class 0: few                         B..B      ...B
 """
 
 import functools
@@ -19,7 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -30,7 +34,7 @@ from scipy import ndimage
 from pipelines.pathology.progress import track
 from pipelines.shared.errors import InputError
 
-Variant = Literal["near", "far"]
+Variant = Literal["near", "far", "bag"]
 TILE_PX = 64
 MPP = 0.5
 _PYRAMID = (1, 2, 4)
@@ -56,6 +60,8 @@ FAR_ISLAND = (8, 6)  # rows, columns
 FAR_SHIFT = 20  # columns between the two islands' left edges
 FAR_TISSUE = (30, 40)  # tiles of one island
 FAR_MARKER_SHARE = 0.45
+
+BAG_MARKERS = (3.0, 9.0)  # of B in class 0 and class 1, means of Poisson's distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +151,16 @@ def arrange_pair(variant: Variant, *, seed: int, pair: int) -> tuple[np.ndarray,
 
     Each is int64 [rows, cols]; `index // TILES_PER_KIND` is the kind of the tile.
     """
-    arrange = {"near": _arrange_near, "far": _arrange_far}[variant]
+    arrange = {"near": _arrange_near, "far": _arrange_far, "bag": _arrange_bag}[variant]
     return arrange(np.random.default_rng([seed, pair, _ARRANGEMENT]))
 
 
 def _check(params: CohortParams) -> None:
-    if params.variant not in ("near", "far"):
-        raise InputError(f"unknown cohort variant {params.variant!r}; choose one of: near, far")
+    if params.variant not in get_args(Variant):
+        raise InputError(
+            f"unknown cohort variant {params.variant!r}; choose one of: "
+            f"{', '.join(get_args(Variant))}"
+        )
     train = params.num_pairs - params.test_pairs - params.val_pairs
     if min(train, params.test_pairs, params.val_pairs) < 1:
         raise InputError(
@@ -299,6 +308,18 @@ def _arrange_far(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             window = grid[top : top + rows, start : start + cols]
             window[tissue] = islands[island][tissue]
         pair.append(grid)
+    return pair[0], pair[1]
+
+
+def _arrange_bag(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two slides of their own, few or many of their tiles B."""
+    pair = []
+    for markers in BAG_MARKERS:
+        tissue = np.pad(_blob(rng, (NEAR_SIDE - 2, NEAR_SIDE - 2), NEAR_TISSUE), 1)
+        kinds = _backdrop(rng, tissue)
+        cells = rng.permutation(np.argwhere(tissue))
+        kinds[tuple(cells[: rng.poisson(markers)].T)] = LYMPHOCYTES
+        pair.append(_choose_tiles(rng, kinds))
     return pair[0], pair[1]
 
 

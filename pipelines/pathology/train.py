@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipelines.pathology.baseline import BASELINES
 from pipelines.pathology.cohort import TRUTH, check_task, read_cohort
 from pipelines.pathology.data import Augmentation
 from pipelines.pathology.encoding import build_encoder
@@ -21,7 +22,7 @@ from pipelines.pathology.model import architecture, build_network
 from pipelines.pathology.slides import SlideFile
 from pipelines.pathology.store import read_index, slide_folder
 from pipelines.pathology.stored_features import FeatureSource, find_source, have_overviews
-from pipelines.pathology.study import BASELINES, Study
+from pipelines.pathology.study import Study
 from pipelines.pathology.synthetic import make_cohort
 from pipelines.pathology.tiling import make_plan
 from pipelines.shared.errors import InputError
@@ -42,7 +43,7 @@ def train(config: dict[str, Any]) -> int:
     plan = make_plan(config)
     encoder = build_encoder(**config["encoder"])
     _check_networks(config, encoder.dim)
-    slides, labels = _input_files(config)
+    slides, labels = input_files(config)
     files, table = _read_inputs(config, slides, labels)
     out = Path(config["out"])
     if not begin_run(out, config):
@@ -97,7 +98,8 @@ def _train_on_stored(config: dict[str, Any], settings: FitSettings) -> int:
     return Study(config, settings, source, read_cohort(config, rows, labels), out).run(failures)
 
 
-def _input_files(config: dict[str, Any]) -> tuple[Path, Path]:
+def input_files(config: dict[str, Any]) -> tuple[Path, Path]:
+    """Slides and labels that a configuration means; the built-in cohort is made where it is."""
     if config["slides"]:
         slides = Path(config["slides"])
         if not config["labels"] and not is_table(slides):

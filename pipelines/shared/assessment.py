@@ -151,7 +151,7 @@ def assess(
     """
     if reference is not None and reference not in models:
         raise InputError(f"reference={reference} is none of {', '.join(models)}")
-    _require_same_rows(models)
+    require_same_rows(models)
     settled = {
         name: [_settle(parts, threshold) for parts in folds] for name, folds in models.items()
     }
@@ -186,6 +186,21 @@ def assess(
         subgroups=_subgroups(tested, attributes or {}, resamples, seed),
         external=_external(settled, reference, developed, resamples, seed),
     )
+
+
+def require_same_rows(models: Mapping[str, Sequence[Parts]]) -> None:
+    """Raise InputError unless all models were tested on the same rows, fold by fold."""
+    (first, folds), *others = models.items()
+    for name, other in others:
+        if len(other) != len(folds):
+            raise InputError(f"{name} has {len(other)} folds and {first} {len(folds)}")
+        for number, (one, two) in enumerate(zip(folds, other, strict=True)):
+            apart = set(one["test"].ids) ^ set(two["test"].ids)
+            if apart:
+                raise InputError(
+                    f"fold {number}: {first} and {name} were tested on other rows "
+                    f"({', '.join(sorted(apart)[:5])}); differences need the same folds"
+                )
 
 
 def _settle(parts: Parts, threshold: float | None) -> Parts:
@@ -282,20 +297,6 @@ def _external(
     found = {name: estimate([fold], resamples=resamples, seed=seed) for name, fold in joint.items()}
     count = len(next(iter(joint.values())))
     return External(count, _scores(found), _differences(found, reference))
-
-
-def _require_same_rows(models: Mapping[str, Sequence[Parts]]) -> None:
-    (first, folds), *others = models.items()
-    for name, other in others:
-        if len(other) != len(folds):
-            raise InputError(f"{name} has {len(other)} folds and {first} {len(folds)}")
-        for number, (one, two) in enumerate(zip(folds, other, strict=True)):
-            apart = set(one["test"].ids) ^ set(two["test"].ids)
-            if apart:
-                raise InputError(
-                    f"fold {number}: {first} and {name} were tested on other rows "
-                    f"({', '.join(sorted(apart)[:5])}); differences need the same folds"
-                )
 
 
 def _scores(found: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Scores]:

@@ -38,7 +38,7 @@ _STYLE: dict[Any, Any] = {
 
 Floats = NDArray[np.float64]
 Models = Mapping[str, Sequence[Fold]]
-Place = Literal["lower right", "lower left", "upper left"]
+Place = Literal["lower right", "lower left", "upper left", "upper right"]
 
 
 def to_svg(figure: Figure) -> bytes:
@@ -142,7 +142,7 @@ def draw_kaplan_meier(folds: Sequence[Fold]) -> Figure:
         test = logrank(*(_censored(times[rows], events[rows]) for rows in (high, ~high)))
         axes.set_title(f"log-rank p = {test.pvalue:.2g}", fontsize=10)
     axes.set(xlabel="time", ylabel="survival", ylim=(0, 1.02), xlim=(0, None))
-    return _legend(figure, axes, "lower left")
+    return _legend(figure, axes, "upper right")
 
 
 def draw_values(folds: Sequence[Fold]) -> Figure:
@@ -195,7 +195,9 @@ def _precision(fold: Fold) -> Floats:
         precision, recall, _ = precision_recall_curve(positive, scores)
         rising = recall[::-1]
         places = np.searchsorted(rising, _GRID, side="left")
-        return np.asarray(precision[::-1][np.minimum(places, len(rising) - 1)])
+        values = precision[::-1][np.minimum(places, len(rising) - 1)]
+        values[0] = values[1]  # a recall of 0 is no row at all
+        return np.asarray(values)
 
     return _over_classes(fold, curve)
 

@@ -13,6 +13,7 @@ from pipelines.shared.assessment import HEADLINES, Assessment, Scores
 from pipelines.shared.metrics import LOWER_IS_BETTER, TITLES, Score, format_score, format_table
 from pipelines.shared.tables import align
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 _TEMPLATE = "report.html"
 
 
@@ -128,7 +129,10 @@ def _tables(found: Assessment, words: Words) -> list[Table]:
     tables = [_score_table("Scores", found.scores, words)]
     if found.differences:
         reference = words.title(str(found.reference))
-        note = "Below zero is better for " + _named(LOWER_IS_BETTER, found.scores)
+        lower = [
+            TITLES[name] for name in found.scores[str(found.reference)] if name in LOWER_IS_BETTER
+        ]
+        note = f"Below zero is better for {', '.join(lower)}." if lower else ""
         tables.append(
             _score_table(
                 f"Difference to {reference}", found.differences, words, signed=True, note=note
@@ -145,7 +149,7 @@ def _tables(found: Assessment, words: Words) -> list[Table]:
         )  # fmt: skip
     if found.calibration:
         rows = [
-            [words.title(name), format_score(item.before), format_score(item.after),
+            [words.title(name), _cell(item.before), _cell(item.after),
              ", ".join(f"{value:.2f}" for value in item.temperatures)]
             for name, item in found.calibration.items()
         ]  # fmt: skip
@@ -174,7 +178,7 @@ def _score_table(
     """A row per score, a column per model: narrow enough for a phone."""
     named = list(next(iter(scores.values())))
     rows = [
-        [TITLES.get(name, name), *(format_score(s[name], signed=signed) for s in scores.values())]
+        [TITLES.get(name, name), *(_cell(s[name], signed=signed) for s in scores.values())]
         for name in named
     ]
     return Table(title, ["", *(words.title(model) for model in scores)], rows, note)
@@ -183,7 +187,7 @@ def _score_table(
 def _subgroup_table(column: str, found: Assessment, words: Words) -> Table:
     name = HEADLINES[found.task][0]
     rows = [
-        [value, f"{group.count:,}", *(format_score(s[name]) for s in group.scores.values())]
+        [value, f"{group.count:,}", *(_cell(s[name]) for s in group.scores.values())]
         for value, group in found.subgroups[column].items()
     ]
     header = [column, words.rows, *(words.title(model) for model in found.scores)]
@@ -259,9 +263,10 @@ def _difference_table(
     return align(rows)
 
 
-def _named(names: frozenset[str], scores: Mapping[str, Scores]) -> str:
-    held = next(iter(scores.values()))
-    return ", ".join(TITLES[name] for name in held if name in names) + "."
+def _cell(score: Score, *, signed: bool = False) -> str:
+    """Return a score that keeps to one line, or a reason that need not."""
+    text = format_score(score, signed=signed)
+    return text if score.value is None else text.replace(" ", NO_BREAK)
 
 
 def _plain(value: float | None) -> str:

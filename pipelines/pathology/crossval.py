@@ -1,0 +1,154 @@
+"""`crossval`: every fold trained and tested, its models compared on the same patients."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipelines.pathology.evaluating import (
+    choose_reference,
+    read_attributes,
+    read_models,
+    write_assessment,
+)
+from pipelines.pathology.manifest import is_table
+from pipelines.pathology.splitting import (
+    Roster,
+    describe,
+    format_folds,
+    make_folds,
+    read_roster,
+    write_folds,
+)
+from pipelines.pathology.train import input_files, train
+from pipelines.shared.assessment import assess
+from pipelines.shared.conf_tree import read_root
+from pipelines.shared.errors import InputError
+from pipelines.shared.record import VOLATILE, RunState, is_main_process, open_run
+from pipelines.shared.saved_predictions import TABLE, find_tables
+from pipelines.shared.splits import EXTERNAL
+from pipelines.shared.tables import read_table, write_table
+
+_TRAIN = "pathology_train"
+
+
+def crossval(config: dict[str, Any]) -> int:
+    """Train the folds that are not finished yet, gather them and write the report.
+
+    0, 3 where slides failed in some fold. With `fold`, that one is trained, and the report is
+    written when it was the last one missing.
+    """
+    out = Path(config["out"])
+    labels = _labels(config)
+    roster = read_roster(
+        labels,
+        slides=config["slides"] if config["slides"] and is_table(Path(config["slides"])) else None,
+        columns=config["columns"],
+        where=config["where"],
+        stratify=config["stratify"] or _stratum(config),
+    )
+    folds = make_folds(roster, config)
+    print(f"{describe(roster)}\n\n{format_folds(roster, folds)}")
+    if config["fold"] is not None and config["fold"] not in range(len(folds)):
+        raise InputError(f"fold={config['fold']}: there are folds 0 to {len(folds) - 1}")
+    if config["dry_run"]:
+        print("dry run: nothing is written")
+        return 0
+    if open_run(out, config, volatile=(*VOLATILE, "fold")) is RunState.FINISHED:
+        print((out / "summary.txt").read_text(encoding="utf-8"))
+        print(f"{out} holds this finished cross-validation; give another out= to train again")
+        return 0
+    tables = write_folds(out, roster, folds)
+    code = _train_folds(config, out, tables)
+    missing = [str(k) for k in range(len(folds)) if not _is_finished(out / f"fold_{k}")]
+    if missing:
+        print(f"\nfolds to come: {', '.join(missing)}; the last of them writes the report")
+        return code
+    if is_main_process():
+        _assess(config, out, labels, roster, folds)
+    return code
+
+
+def _labels(config: dict[str, Any]) -> Path:
+    """Table of labels: the one given, the one of slides, or that of the built-in cohort."""
+    if config["features"] and config["labels"] and not config["slides"]:
+        return Path(config["labels"])
+    return input_files(config)[1]
+
+
+def _stratum(config: dict[str, Any]) -> str:
+    return "event" if "survival" in config["task"]["name"] else "label"
+
+
+def _train_folds(config: dict[str, Any], out: Path, tables: Sequence[Path]) -> int:
+    """Run `train` in the folder of each fold; features are shared by all."""
+    own = {item.key for item in read_root(str(config["verb"])).settings} - {
+        item.key for item in read_root(_TRAIN).settings
+    }
+    shared = {key: value for key, value in config.items() if key not in own}
+    chosen = range(len(tables)) if config["fold"] is None else [config["fold"]]
+    codes = []
+    for number in chosen:
+        folder = out / f"fold_{number}"
+        print(f"\n[fold {number} of 0 to {len(tables) - 1}] {folder}", flush=True)
+        if _is_finished(folder):
+            print("finished before")
+        fold = {
+            **shared,
+            "verb": _TRAIN,
+            "out": str(folder),
+            "splits": str(tables[number]),
+            "features": config["features"] or str(out / "features"),
+        }
+        codes.append(train(fold))
+    return max(codes)
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "metrics.json").exists()
+
+
+def _assess(
+    config: dict[str, Any],
+    out: Path,
+    labels: Path,
+    roster: Roster,
+    folds: Sequence[Sequence[str | None]],
+) -> None:
+    models = read_models(out, config)
+    found = assess(
+        models,
+        threshold=config["threshold"],
+        reference=choose_reference(config["reference"], models),
+        attributes=read_attributes(config, labels, models),
+        developed=[_developed(roster, splits) for splits in folds],
+        resamples=config["resamples"],
+        seed=config["seed"],
+    )
+    _gather(out)
+    title = f"Cross-validation, {len(folds)} folds by {config['scheme']}"
+    if config["splits"]:
+        title = f"Cross-validation, {len(folds)} given folds"
+    write_assessment(out, found, title=title, run=out, config={**config, "labels": str(labels)})
+
+
+def _developed(roster: Roster, splits: Sequence[str | None]) -> frozenset[str]:
+    """Patients that a fold trained on, chose by or tested."""
+    return frozenset(
+        patient
+        for patient, split in zip(roster.patients, splits, strict=True)
+        if split not in (None, EXTERNAL)
+    )
+
+
+def _gather(out: Path) -> None:
+    """Write all folds' predictions of all models into one table."""
+    parts = []
+    for model, paths in find_tables(out).items():
+        for number, path in enumerate(paths):
+            table = read_table(path)
+            table.insert(0, "fold", str(number))
+            table.insert(0, "model", model)
+            parts.append(table)
+    write_table(out / f"all_{TABLE}", pd.concat(parts, ignore_index=True))

@@ -1,0 +1,195 @@
+"""`evaluate`: scores of saved predictions, with intervals, differences and a report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.pathology.baseline import BASELINES
+from pipelines.pathology.manifest import strip_ending
+from pipelines.shared.assessment import Assessment, assess, require_same_rows
+from pipelines.shared.errors import InputError
+from pipelines.shared.record import RunState, finish_run, open_run
+from pipelines.shared.report import Words, summarise, write_report
+from pipelines.shared.saved_predictions import MODEL, Parts, find_tables, read_parts
+from pipelines.shared.tables import read_table
+
+Models = dict[str, list[Parts]]
+_FACTS = ("labels", "slides", "features", "splits", "unit", "seed")
+
+
+def evaluate(config: dict[str, Any]) -> int:
+    """Score a run or a table and write metrics.json, summary.txt and report.html."""
+    run, out = Path(config["run"]), Path(config["out"])
+    models = read_models(run, config)
+    reference = choose_reference(config["reference"], models)
+    if config["against"]:
+        other = Path(config["against"])
+        name = f"{other.name}/{MODEL}" if other.is_dir() else other.stem
+        found = read_models(other, config)
+        models = {**models, name: found.get(MODEL) or next(iter(found.values()))}
+        reference = name
+    require_same_rows(models)
+    attributes = read_attributes(config, config["labels"], models)
+    if open_run(out, config) is RunState.FINISHED:
+        print((out / "summary.txt").read_text(encoding="utf-8"))
+        print(f"{out} holds this finished evaluation; give another out= to evaluate again")
+        return 0
+    found_all = assess(
+        models,
+        threshold=config["threshold"],
+        reference=reference,
+        attributes=attributes,
+        resamples=config["resamples"],
+        seed=config["seed"],
+    )
+    write_assessment(out, found_all, title=f"Evaluation of {run.name}", run=run, config=config)
+    return 0
+
+
+def choose_reference(name: str | None, models: Models) -> str | None:
+    """Return the model that differences are taken to, if it is among the models."""
+    if name is not None and name not in models and len(models) > 1:
+        print(f"note: reference={name} is none of {', '.join(models)}: no differences")
+    return name if name in models and len(models) > 1 else None
+
+
+def read_models(run: Path, config: Mapping[str, Any]) -> Models:
+    """Read the predictions of every model of a run, per patient or per slide."""
+    if config["score_by"] not in ("patient", "slide"):
+        raise InputError(f"score_by is patient or slide; got {config['score_by']!r}")
+    return {
+        name: [
+            read_parts(
+                path,
+                group_column="patient_id",
+                by_group=config["score_by"] == "patient",
+                order=config["class_order"],
+            )
+            for path in paths
+        ]
+        for name, paths in find_tables(run).items()
+    }
+
+
+def read_attributes(
+    config: Mapping[str, Any], labels: str | Path | None, models: Models
+) -> dict[str, dict[str, str]]:
+    """Value of each subgroup column for each tested row, by its id.
+
+    Raises InputError for missing columns and rows, and for a patient of two values.
+    """
+    if not config["subgroups"]:
+        return {}
+    if labels is None:
+        raise InputError("subgroups= needs labels=TABLE with these columns")
+    path = Path(labels)
+    table = read_table(path)
+    missing = [name for name in config["subgroups"] if name not in table]
+    if missing:
+        raise InputError(
+            f"{path} has no column {missing[0]!r} for subgroups=; it has "
+            f"{', '.join(map(repr, table.columns))}"
+        )
+    slide, patient = (config["columns"][name] for name in ("slide_id", "patient_id"))
+    keys = []
+    if slide in table:
+        keys.append(table[slide].map(strip_ending))
+    if patient in table:
+        keys.append(table[patient])
+    found: dict[str, dict[str, str]] = {}
+    for column in config["subgroups"]:
+        values: dict[str, set[str]] = {}
+        for ids in keys:
+            for name, value in zip(ids, table[column], strict=True):
+                values.setdefault(name, set()).add(value or "unknown")
+        found[column] = _of_rows(path, column, values, models)
+    return found
+
+
+def write_assessment(
+    out: Path,
+    found: Assessment,
+    *,
+    title: str,
+    run: Path,
+    config: Mapping[str, Any],
+    extra: Mapping[str, object] | None = None,
+) -> None:
+    """Print the summary and write it, the report, and metrics.json, which ends the run."""
+    per_patient = config["score_by"] == "patient"
+    words = Words("patients" if per_patient else "slides", "patients", _titles(run, found))
+    notes = []
+    if per_patient:
+        notes.append("A patient's prediction is the mean over the patient's slides.")
+    facts = {"run": str(run), **_facts(run, config)}
+    write_report(out / "report.html", found, title=title, words=words, facts=facts, notes=notes)
+    summary = (
+        f"{summarise(found, words)}\n\n"
+        f"report   {out / 'report.html'}\n"
+        f"metrics  {out / 'metrics.json'}\n"
+    )
+    (out / "summary.txt").write_text(summary, encoding="utf-8")
+    headline = next(iter(found.scores.values()))
+    finish_run(
+        out,
+        {
+            "summary": {name: score.value for name, score in headline.items()},
+            **found.plain(),
+            **(extra or {}),
+        },
+    )
+    print(f"\n{summary}")
+
+
+def _of_rows(
+    path: Path, column: str, values: Mapping[str, set[str]], models: Models
+) -> dict[str, str]:
+    """Value of each tested row; a row of several slides has theirs, if they agree."""
+    found = {}
+    for name in _tested(next(iter(models.values()))):
+        held = values.get(name) or set().union(
+            *(values.get(part, set()) for part in name.split(";"))
+        )
+        if not held:
+            raise InputError(f"{path} has no row of {name!r}, which was tested; add it")
+        if len(held) > 1:
+            raise InputError(
+                f"{path}: {name!r} has {column} {' and '.join(sorted(held))}; use score_by=slide"
+            )
+        found[name] = next(iter(held))
+    return found
+
+
+def _tested(folds: Sequence[Parts]) -> list[str]:
+    return list(dict.fromkeys(name for parts in folds for name in parts["test"].ids))
+
+
+def _titles(run: Path, found: Assessment) -> dict[str, str]:
+    """Titles of the models: what the run's own configuration says of its model."""
+    own = _recorded(run)
+    kind = own.get("model", {}).get("kind")
+    expression = own.get("pattern", {}).get("expression")
+    title = BASELINES.get(kind, kind) if kind else expression
+    titles = {MODEL: f"model ({title})"} if title else {}
+    return {name: titles.get(name, BASELINES.get(name, name)) for name in found.scores}
+
+
+def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    own = {**_recorded(run), **{key: config[key] for key in _FACTS if config.get(key)}}
+    facts = {key: str(own[key]) for key in _FACTS if own.get(key) is not None}
+    for key, name in (("encoder", "name"), ("pattern", "expression"), ("task", "name")):
+        value = own.get(key)
+        if isinstance(value, Mapping) and value.get(name):
+            facts[key] = str(value[name])
+    return facts
+
+
+def _recorded(run: Path) -> dict[str, Any]:
+    """Return the configuration that a run left behind, if it is there."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        return {}
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}

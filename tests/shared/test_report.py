@@ -1,0 +1,79 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from pipelines.shared.assessment import Assessment, assess
+from pipelines.shared.report import NO_BREAK, Words, summarise, write_report
+from pipelines.shared.saved_predictions import read_parts
+from tests.shared.tables_of_predictions import write_classes, write_risks, write_values
+
+WORDS = Words("slides", "patients", {"model": "ours <3>"})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Assessment:
+    folder = tmp_path_factory.mktemp("tables")
+    models = {
+        name: [
+            read_parts(
+                write_classes(folder / f"{name}_{fold}.csv", seed=fold, start=30 * fold,
+                              strength=strength, external=8),
+                group_column="patient_id",
+            )
+            for fold in range(2)
+        ]
+        for name, strength in (("model", 3.0), ("abmil", 0.5))
+    }  # fmt: skip
+    site = {f"s{row}": "north" if row % 30 < 20 else "south" for row in range(60)}
+    return assess(models, reference="abmil", attributes={"site": site}, resamples=50)
+
+
+def test_the_page_holds_everything_itself(found: Assessment, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+
+    write_report(
+        path, found, title="A <title>", words=WORDS, facts={"labels": "a&b.csv"}, notes=["A note."]
+    )
+
+    page = path.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "http" not in re.sub(r"data:[^\"]*", "", page)
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert "A &lt;title&gt;" in page
+    assert "a&amp;b.csv" in page
+    assert "ours &lt;3&gt;" in page
+    assert 'name="viewport"' in page
+    for words in (
+        "Difference to abmil", "External test: 8 slides", "AUROC by site", "AUROC by fold",
+        "Thresholds", "Calibration", "A note.", "Youden",
+    ):  # fmt: skip
+        assert words in page
+    score = found.scores["model"]["auroc"]
+    assert f"{score.value:.3f}{NO_BREAK}[{score.low:.3f}," in page
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("write", "words"), [(write_risks, "Survival by risk"), (write_values, "Predicted and true")]
+)
+def test_other_tasks_have_their_figures(write: object, words: str, tmp_path: Path) -> None:
+    assert callable(write)
+    single = assess({"model": [read_parts(write(tmp_path / "t.csv"))]}, resamples=20)
+
+    write_report(tmp_path / "r.html", single, title="t", words=WORDS, facts={}, notes=[])
+
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert words in page
+    assert "Youden" not in page
+
+
+def test_the_terminal_shows_models_differences_and_subgroups(found: Assessment) -> None:
+    text = summarise(found, WORDS)
+
+    assert text.startswith("40 slides of 20 patients in 2 folds; scores within folds, averaged")
+    assert "difference to abmil, paired" in text
+    assert "external test, 8 slides" in text
+    assert "AUROC by site" in text
+    assert "ECE after temperature" in text
