@@ -193,10 +193,10 @@ def test_a_pattern_can_be_written_out(
     ("arguments", "words"),
     [
         (["pattern=bigbrd"], "did you mean bigbird?\npattern is one of: bigbird, causal, dense"),
-        (["model=huge"], "unknown model 'huge'\nmodel is one of: base, large, small, tiny"),
+        (["model=huge"], "unknown model 'huge'\nmodel is one of: abmil, base, clam_sb, gated_abmil"),
         (["model=null"], "unknown model 'null'"),
-        (["data=sequences"], "data is one of: slides, synthetic, synthetic_far"),
-        (["experiment=x"], "experiment is one of: far"),
+        (["data=sequences"], "data is one of: slides, synthetic, synthetic_bag, synthetic_far"),
+        (["experiment=x"], "experiment is one of: arrangement_bag, arrangement_far"),
         (["patern=bigbird"], "unknown setting 'patern'; did you mean pattern?"),
         (["sequences=x"], "unknown setting 'sequences'"),
         (
