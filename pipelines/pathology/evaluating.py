@@ -17,6 +17,7 @@ from pipelines.shared.tables import read_table
 
 Models = dict[str, list[Parts]]
 _FACTS = ("labels", "slides", "features", "splits", "unit", "seed")
+_CHOICES = ("task", "encoder", "pattern", "model")
 
 
 def evaluate(config: dict[str, Any]) -> int:
@@ -167,22 +168,21 @@ def _tested(folds: Sequence[Parts]) -> list[str]:
 
 
 def _titles(run: Path, found: Assessment) -> dict[str, str]:
-    """Titles of the models: what the run's own configuration says of its model."""
-    own = _recorded(run)
-    kind = own.get("model", {}).get("kind")
-    expression = own.get("pattern", {}).get("expression")
-    title = BASELINES.get(kind, kind) if kind else expression
-    titles = {MODEL: f"model ({title})"} if title else {}
-    return {name: titles.get(name, BASELINES.get(name, name)) for name in found.scores}
+    """Titles of the models; the run's own says of itself whether it pools or attends."""
+    model = _recorded(run).get("model")
+    kind = model.get("kind") if isinstance(model, dict) else None
+    own = {} if model is None else {MODEL: BASELINES.get(kind, "sparse transformer")}
+    return {name: own.get(name, BASELINES.get(name, name)) for name in found.scores}
 
 
 def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     own = {**_recorded(run), **{key: config[key] for key in _FACTS if config.get(key)}}
     facts = {key: str(own[key]) for key in _FACTS if own.get(key) is not None}
-    for key, name in (("encoder", "name"), ("pattern", "expression"), ("task", "name")):
+    for key in _CHOICES:
         value = own.get(key)
-        if isinstance(value, Mapping) and value.get(name):
-            facts[key] = str(value[name])
+        if isinstance(value, Mapping):
+            said = {name: item for name, item in value.items() if item not in (None, "", {}, [])}
+            facts[key] = ", ".join(f"{name} {item}" for name, item in said.items())
     return facts
 
 

@@ -12,7 +12,8 @@ NUM_BINS = 15
 """Bins of equal width of the calibration error, as of Guo et al. 2017."""
 
 _SMALLEST = 5e-7  # half the last decimal that is kept of a probability
-_LOG_TEMPERATURES = (np.log(0.02), np.log(50.0))
+TEMPERATURES = (0.1, 10.0)
+"""Bounds: rows that a model tells apart without error would put the temperature at 0."""
 
 Floats = NDArray[np.float64]
 
@@ -87,7 +88,7 @@ def choose_threshold(targets: NDArray[np.int64], probabilities: Floats) -> float
 def fit_temperature(targets: NDArray[np.int64], probabilities: Floats) -> float:
     """Temperature T that minimises the negative log-likelihood of validation rows [N, C].
 
-    T divides the logits: above 1 it takes confidence back. It lies between 0.02 and 50; 1 where
+    T divides the logits: above 1 it takes confidence back. It lies between 0.1 and 10; 1 where
     there are no rows. Source: Guo et al., ICML 2017, section 4.2.
     """
     if len(targets) == 0:
@@ -99,7 +100,7 @@ def fit_temperature(targets: NDArray[np.int64], probabilities: Floats) -> float:
         scaled = log_softmax(logits / np.exp(log_temperature), axis=1)
         return float(-scaled[rows, targets].mean())
 
-    found = minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded")
+    found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
     return float(np.exp(found.x))
 
 

@@ -27,7 +27,7 @@ def folds(tmp_path: Path) -> Path:
             folder / f"fold_{fold}" / "models" / "abmil" / "predictions.csv",
             seed=9 + fold, start=30 * fold, strength=0.5,
         )  # fmt: skip
-    (folder / "config.yaml").write_text("pattern: {expression: Dense()}\nencoder: {name: stats}\n")
+    (folder / "config.yaml").write_text("pattern: {expression: Dense()}\nmodel: {dim: 64}\n")
     return folder
 
 
@@ -47,7 +47,7 @@ def test_a_run_is_scored_by_patient_with_subgroups(
 
     shown = capsys.readouterr().out
     assert "20 patients in 2 folds" in shown
-    assert "model (Dense())" in shown
+    assert "sparse transformer" in shown
     assert "difference to attention pooling (ABMIL), paired" in shown
     assert "AUROC by hospital" in shown
     metrics = json.loads((out / "metrics.json").read_text())
@@ -57,6 +57,7 @@ def test_a_run_is_scored_by_patient_with_subgroups(
     assert metrics["summary"]["auroc"] == metrics["scores"]["model"]["auroc"]["value"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "mean over the patient" in page
+    assert "expression Dense()" in page
     assert run(f"run={folds}", f"labels={labels}", "subgroups=[hospital]", f"out={out}") == 0
     assert "holds this finished evaluation" in capsys.readouterr().out
 

@@ -78,6 +78,12 @@ def test_temperature_undoes_a_known_overconfidence() -> None:
     assert after < 0.03
 
 
+def test_rows_told_apart_without_error_leave_the_temperature_at_its_bound() -> None:
+    found = fit_temperature(np.array([0, 1]), np.array([[0.7, 0.3], [0.4, 0.6]]))
+
+    assert found == pytest.approx(0.1, rel=1e-3)
+
+
 def test_temperature_keeps_the_ranks_and_without_rows_is_one() -> None:
     shares = softmax(np.random.default_rng(3).normal(size=(20, 2)), axis=1)
 
