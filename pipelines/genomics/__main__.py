@@ -6,12 +6,27 @@ from pipelines.shared import cli
 from pipelines.shared.cli import Verb
 
 VERBS = {
+    "ingest": Verb(
+        summary="Write sequences of any format into a store; check and count every letter.",
+        config="genomics_ingest",
+        function="pipelines.genomics.ingest:run",
+        path_keys=("sequences", "store"),
+        required=("sequences",),
+        examples=(
+            "sequences=GENOME.fa.gz store=genome",
+            "sequences=TABLE.csv columns.sequence=seq dry_run=true",
+            "sequences=GUE/prom_core_all store=core reading=lenient",
+            "sequences=splice.data columns.label=1 columns.id=2 columns.sequence=3",
+        ),
+    ),
     "train": Verb(
         summary="Train a sequence classifier on your sequences, or on built-in DNA, and score it.",
         config="genomics_train",
         function="pipelines.genomics.train:train",
-        path_keys=("sequences", "labels", "out", "store", "data_root"),
-        selects=dict.fromkeys(("sequences", "labels", "store"), "data=sequences"),
+        path_keys=("sequences", "intervals", "labels", "splits", "out", "store", "data_root"),
+        selects=dict.fromkeys(
+            ("sequences", "intervals", "labels", "splits", "store"), "data=sequences"
+        ),
         examples=(
             "",
             "sequences=RECORDS.fa.gz labels=LABELS.tsv out=runs/mine",
@@ -21,13 +36,52 @@ VERBS = {
             "sequences=POOL.fa.gz labels=TASKS.tsv.gz columns.id=record_id where.task=Vertebrates",
         ),
     ),
+    "inspect": Verb(
+        summary="Report counts, lengths, GC, copies, label conflicts, and leaks between splits.",
+        config="genomics_inspect",
+        function="pipelines.genomics.inspecting:inspect",
+        path_keys=("sequences", "intervals", "labels", "splits", "out", "store"),
+        examples=(
+            "sequences=GUE/prom_core_all out=report",
+            "store=STORE labels=LABELS.tsv splits=splits/splits.tsv",
+            "intervals=genomic_benchmarks/datasets",
+        ),
+    ),
+    "split": Verb(
+        summary="Split records or intervals so that nothing overlaps between train, val and test.",
+        config="genomics_split",
+        function="pipelines.genomics.splitting:split",
+        path_keys=("sequences", "intervals", "labels", "splits", "out", "store", "test", "val"),
+        examples=(
+            "sequences=RECORDS.fa.gz labels=LABELS.tsv by=cluster out=splits",
+            "intervals=PEAKS.bed by=chromosome test=chr8,chr9 val=chr7",
+            "sequences=GENOME.fa by=chromosome test='chr(8|9)'",
+            "sequences=GUE/prom_core_all by=given dry_run=true",
+        ),
+    ),
     "predict": Verb(
-        summary="Predict the records of a file with a trained model.",
+        summary="Predict records, intervals or variants with a trained model.",
         config="genomics_predict",
         function="pipelines.genomics.predict:predict",
-        path_keys=("sequences", "ckpt", "out", "store"),
+        path_keys=("sequences", "ckpt", "out", "store", "intervals", "variants"),
         required=("ckpt",),
-        examples=("sequences=RECORDS.fa.gz ckpt=runs/genomics/model.ckpt out=predictions",),
+        examples=(
+            "sequences=RECORDS.fa.gz ckpt=runs/genomics/model.ckpt out=predictions",
+            "sequences=GENOME.fa intervals=PEAKS.narrowPeak width=500 ckpt=MODEL.ckpt",
+            "sequences=GENOME.fa variants=CALLS.vcf.gz ckpt=MODEL.ckpt",
+            "sequences=GENOME.fa ckpt=MODEL.ckpt outputs=[tsv,parquet,embeddings,bigwig]",
+        ),
+    ),
+    "export": Verb(
+        summary="Write sequences, intervals cut from them, or checked variants as files.",
+        config="genomics_export",
+        function="pipelines.genomics.exporting:export",
+        path_keys=("sequences", "out", "store", "intervals", "variants"),
+        examples=(
+            "store=runs/ingest/store out=fasta",
+            "sequences=GENOME.fa.gz intervals=GENES.gff.gz feature=CDS out=coding",
+            "sequences=GENOME.fa.gz variants=CALLS.vcf.gz out=checked",
+        ),
     ),
 }
 

@@ -1,51 +1,225 @@
-"""`predict`: sequences and a model to one row per record, in input order."""
+"""`predict`: sequences and a model to one row per record, interval or variant, in input order."""
 
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
-from pipelines.genomics.data import WindowDataset
+from pipelines.genomics.alphabet import NUM_TOKENS
 from pipelines.genomics.ingest import provide_store, require_input
-from pipelines.genomics.model import DnaClassifier
-from pipelines.genomics.train import TASK, record_probabilities
-from pipelines.shared.checkpoint import load_model
+from pipelines.genomics.model import TASK, DnaClassifier
+from pipelines.genomics.outputs import (
+    check_outputs,
+    write_embeddings,
+    write_predictions,
+    write_tracks,
+)
+from pipelines.genomics.scoring import Scores, score_windows
+from pipelines.genomics.selection import (
+    Alleles,
+    Intervals,
+    Sequences,
+    Windows,
+    check_settings,
+    describe_variants,
+    select_intervals,
+    select_variants,
+)
+from pipelines.genomics.tokenizers import (
+    BaseTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    digest,
+    restore_tokenizer,
+)
+from pipelines.shared.checkpoint import LoadedModel, load_model
 from pipelines.shared.errors import InputError
-from pipelines.shared.inference import predict as run
 from pipelines.shared.record import RunState, finish_run, make_folder, open_run
-from pipelines.shared.study import probability_table
-from pipelines.shared.tables import write_table
+from pipelines.shared.study import DECIMALS, probability_table
+from pipelines.shared.tables import Failure, write_failures
 
 
 def predict(config: dict[str, Any]) -> int:
-    """Predict every record; returns 0."""
+    """Predict every record, interval or variant; 0, or 3 if some fell out and are listed."""
     require_input(config)
-    model = load_model(Path(config["ckpt"]), task=TASK)
-    if config["device"].startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("device=cuda: no GPU is found here; use device=cpu")
-    network = DnaClassifier(**model.config)  # type: ignore[arg-type]
-    network.load_state_dict(model.state_dict)
-    out = Path(config["out"])
-    make_folder(out)
-    store = provide_store(config, out)
-    record = {**config, "data": store.fingerprint}
-    if open_run(out, record) is RunState.FINISHED:
-        print(f"{out / 'predictions.tsv'} is there already; give another out= to predict again")
-        return 0
-    windows = WindowDataset(
-        store,
-        range(len(store)),
-        context=model.metadata["context"],  # type: ignore[arg-type]
-        overlap=model.metadata["overlap"],  # type: ignore[arg-type]
-    )
-    print(f"{len(store):,} records, {sum(store.lengths):,} bases, {len(windows):,} windows")
-    predictions = run(network, windows, max_tokens=config["max_tokens"], device=config["device"])
-    records, probabilities = record_probabilities(predictions)
-    classes: list[str] = model.metadata["classes"]  # type: ignore[assignment]
-    ids = [store.ids[i] for i in records]
-    table = probability_table(ids, probabilities, classes, id_column="id")
-    table["num_windows"] = [int((windows.records == i).sum()) for i in records]
-    write_table(out / "predictions.tsv", table)
-    finish_run(out, {"records": len(store), "windows": len(windows)})
-    print(f"predictions  {out / 'predictions.tsv'}")
-    return 0
+    check_settings(config)
+    check_outputs(config["outputs"], variants=bool(config["variants"]))
+    run = _Run(config)
+    return run.predict_variants() if config["variants"] else run.predict_intervals()
+
+
+class _Run:
+    """One run: the model, the store, and the folder of the results."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config, self.out = config, Path(config["out"])
+        checkpoint = Path(config["ckpt"])
+        model = load_model(checkpoint, task=TASK)
+        if config["device"].startswith("cuda") and not torch.cuda.is_available():
+            raise InputError("device=cuda: no GPU is found here; use device=cpu")
+        self.model_digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        self.tokenizer = model_tokenizer(model, checkpoint)
+        refuse_other_tokenizer(config.get("tokenizer"), self.tokenizer, checkpoint)
+        self.network = DnaClassifier(**model.config)  # type: ignore[arg-type]
+        self.network.load_state_dict(model.state_dict)
+        self.classes: list[str] = model.metadata["classes"]  # type: ignore[assignment]
+        self.context: int = model.metadata["context"]  # type: ignore[assignment]
+        self.overlap: int = model.metadata["overlap"]  # type: ignore[assignment]
+        make_folder(self.out)
+        self.store = provide_store(config, self.out)
+
+    def predict_intervals(self) -> int:
+        """Predict records or intervals."""
+        selection = select_intervals(self.config, self.store)
+        intervals, table = Intervals(self.store, selection.placed), selection.table
+        windows = self._windows(intervals, table["id"].tolist())
+        scores = self._score(windows, table, selection.notes, selection.failures)
+        if scores is None:
+            return 3 if selection.failures else 0
+        probabilities = scores.by_sequence(windows.records)
+        scored = probability_table(
+            table["id"].tolist(), probabilities, self.classes, id_column="id"
+        )
+        scored = pd.concat([table.drop(columns="flags"), scored.drop(columns="id")], axis=1)
+        scored["num_windows"] = pd.Series(windows.records).value_counts(sort=False).to_numpy()
+        scored["flags"] = table["flags"]
+        written = write_predictions(self.out, scored, self.config["outputs"])
+        written += self._embeddings(scores, windows, table["id"].tolist())
+        written += write_tracks(
+            self.out,
+            self.config["outputs"],
+            intervals,
+            windows,
+            scores.probabilities(),
+            self.classes,
+        )
+        return self._finish(written, table, windows, selection.failures)
+
+    def predict_variants(self) -> int:
+        """Predict both alleles of every variant."""
+        checked = select_variants(self.config, self.store)
+        table = describe_variants(checked, self.store)
+        alleles = Alleles(self.store, checked.placed, self.context, self.config["check_ref"])
+        names = [f"{name}:{allele}" for name in table["id"] for allele in ("ref", "alt")]
+        windows = self._windows(alleles, names)
+        scores = self._score(windows, table, checked.notes(), checked.failures)
+        if scores is None:
+            return 3 if checked.failures else 0
+        probabilities = scores.by_sequence(windows.records).round(DECIMALS)
+        for column, name in enumerate(self.classes):
+            ref, alt = probabilities[0::2, column], probabilities[1::2, column]
+            table[f"ref_{name}"], table[f"alt_{name}"] = ref, alt
+            table[f"delta_{name}"] = (alt - ref).round(DECIMALS)
+        written = write_predictions(self.out, table, self.config["outputs"])
+        written += self._embeddings(scores, windows, names)
+        return self._finish(written, table, windows, checked.failures)
+
+    def _windows(self, sequences: Sequences, names: list[str]) -> Windows:
+        return Windows(
+            sequences,
+            names,
+            context=self.context,
+            overlap=self.overlap,
+            tokenizer=self.tokenizer,
+        )
+
+    def _score(
+        self,
+        windows: Windows,
+        table: pd.DataFrame,
+        notes: Sequence[str],
+        failures: Sequence[Failure],
+    ) -> Scores | None:
+        """Score the windows; None for a dry run, and where the results are there already."""
+        for note in notes:
+            print(f"note: {note}")
+        kinds = {"variants": "variants", "intervals": "intervals"}
+        kind = next((name for key, name in kinds.items() if self.config[key]), "records")
+        print(f"{len(table):,} {kind}, {sum(windows.lengths):,} bases, {len(windows):,} windows")
+        if self.config["dry_run"]:
+            print("dry run: nothing is predicted")
+            return None
+        chosen = hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
+        record = {
+            **self.config,
+            "data": self.store.fingerprint,
+            "model": self.model_digest,
+            "chosen": chosen,
+        }
+        if open_run(self.out, record) is RunState.FINISHED:
+            print(f"{self.out} holds these predictions already; give another out= to repeat them")
+            return None
+        write_failures(self.out / "failures.csv", failures, id_column="id")
+        return score_windows(
+            self.network,
+            windows,
+            parts=self.out / "parts",
+            max_tokens=self.config["max_tokens"],
+            device=self.config["device"],
+            embeddings="embeddings" in self.config["outputs"],
+        )
+
+    def _embeddings(self, scores: Scores, windows: Windows, names: list[str]) -> list[Path]:
+        if scores.embeddings is None:
+            return []
+        return write_embeddings(self.out, names, scores.embeddings_by_sequence(windows.records))
+
+    def _finish(
+        self,
+        written: Sequence[Path],
+        table: pd.DataFrame,
+        windows: Windows,
+        failures: Sequence[Failure],
+    ) -> int:
+        counts = {"rows": len(table), "windows": len(windows), "left_out": len(failures)}
+        finish_run(self.out, counts)
+        shutil.rmtree(self.out / "parts", ignore_errors=True)
+        for path in written:
+            print(f"{path.stem if path.suffix != '.zarr' else 'embeddings':12} {path}")
+        if failures:
+            print(f"{len(failures):,} left out: {self.out / 'failures.csv'}")
+        return 3 if failures else 0
+
+
+def model_tokenizer(model: LoadedModel, path: Path) -> Tokenizer:
+    """Make the tokenizer that a model was trained with; raises InputError if it does not fit."""
+    settings = model.metadata.get("tokenizer")
+    tokenizer = restore_tokenizer(settings) if isinstance(settings, Mapping) else BaseTokenizer()
+    known = model.metadata.get("tokenizer_digest")
+    if known is not None and known != digest(tokenizer):
+        raise InputError(
+            f"{path}: its tokenizer is not the one that it was trained with (SHA-256 "
+            f"{digest(tokenizer)[:12]} instead of {str(known)[:12]}); copy the model file again"
+        )
+    width = model.config.get("num_tokens", NUM_TOKENS)
+    if width != tokenizer.num_tokens:
+        raise InputError(
+            f"{path}: its network knows {width:,} tokens, its tokenizer makes "
+            f"{tokenizer.num_tokens:,}; copy the model file again"
+        )
+    return tokenizer
+
+
+def refuse_other_tokenizer(
+    wanted: Mapping[str, Any] | None, tokenizer: Tokenizer, path: Path
+) -> None:
+    """Raise InputError where a tokenizer is asked for that is not the model's."""
+    if wanted is None:
+        return
+    trained = tokenizer.config["kind"]
+    if wanted["kind"] != trained:
+        raise InputError(
+            f"tokenizer={wanted['kind']}, but {path} was trained with tokenizer={trained}; leave "
+            "tokenizer= out: the model brings its own"
+        )
+    if wanted["kind"] == "bpe" and not wanted["file"]:
+        return
+    if digest(build_tokenizer(wanted, lambda: ())) != digest(tokenizer):
+        raise InputError(
+            f"tokenizer={trained}: {path} was trained with other settings of it; leave tokenizer= "
+            "out: the model brings its own"
+        )

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from pipelines.genomics.alphabet import BadCharacterError, decode, encode
+from pipelines.genomics.alphabet import LETTERS, decode, encode
 from pipelines.genomics.contigs import ContigMatch, match_contigs
 from pipelines.genomics.lines import bad_line, read_lines, whole_number
 from pipelines.genomics.store import SequenceStore
@@ -234,16 +234,16 @@ def _line(path: Path, number: int, line: str) -> tuple[Variant, str]:
     position = whole_number(path, number, "POS", text)
     if position < 0 or not contig:
         raise bad_line(path, number, "CHROM is empty, or POS below 0; VCF counts from 1")
-    _check_letters(path, number, "REF", ref)
+    ref = _bases(path, number, "REF", ref)
     source = f"{path}: line {number:,}"
-    return Variant(contig, position, _plain(ref), "", name.strip("."), source), alts
+    return Variant(contig, position, ref, "", name.strip("."), source), alts
 
 
 def _allele(path: Path, number: int, written: Variant, alt: str) -> Variant:
-    _check_letters(path, number, "ALT", alt)
-    if _plain(alt) == written.ref:
+    bases = _bases(path, number, "ALT", alt)
+    if bases == written.ref:
         raise bad_line(path, number, f"ALT is REF, {alt!r}; give another allele, or remove it")
-    return replace(written, alt=_plain(alt), id=_name(written, alt))
+    return replace(written, alt=bases, id=_name(written, bases))
 
 
 def _left_out(written: Variant, alt: str, reason: str) -> Failure:
@@ -267,20 +267,17 @@ def _no_sequence(alt: str, position: int) -> str | None:
     return "POS 0, the telomere" if position == 0 else None
 
 
-def _check_letters(path: Path, number: int, column: str, text: str) -> None:
-    try:
-        encode(text)
-    except BadCharacterError as error:
-        raise bad_line(
-            path, number, f"{column} is {text[:40]!r}: {error.character!r} is no DNA letter; a VCF "
-            "writes a deletion or insertion with the base before it",
-        ) from None  # fmt: skip
+def _bases(path: Path, number: int, column: str, text: str) -> str:
+    """Read an allele: upper case, T for U; raises InputError for what is no DNA."""
     if not text:
         raise bad_line(path, number, f"{column} is empty; write its bases, or . for none")
-
-
-def _plain(text: str) -> str:
-    return decode(encode(text))
+    plain = text.upper().replace("U", "T")
+    if plain.strip(LETTERS):
+        raise bad_line(
+            path, number, f"{column} is {text[:40]!r}, no DNA letters; a VCF writes a deletion or "
+            "insertion with the base before it",
+        )  # fmt: skip
+    return plain
 
 
 def _compare(

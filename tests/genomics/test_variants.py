@@ -47,7 +47,7 @@ def test_alleles_of_a_line_are_variants_of_their_own(vcf):
     assert [(v.position, v.ref, v.alt, v.id) for v in file.variants] == [
         (4, "C", "G", "rs1"),
         (4, "C", "CA", "rs1"),
-        (5, "A", "T", "1:5:A:t"),
+        (5, "A", "T", "1:5:A:T"),
     ]
     assert [line.ref for line in file.lines] == ["C", "A"]
     assert file.variants[2].source.endswith("line 4")

@@ -1,0 +1,129 @@
+"""What predict writes: tables, embeddings, and scores along the sequences."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import zarr
+from jaxtyping import Float
+from numpy import ndarray
+
+from pipelines.genomics.selection import Intervals, Windows
+from pipelines.genomics.tracks import blend, require_bigwig, write_bedgraph, write_bigwig
+from pipelines.shared.errors import InputError
+from pipelines.shared.tables import write_table
+
+KINDS = ("tsv", "parquet", "embeddings", "bedgraph", "bigwig")
+TRACKS = ("bedgraph", "bigwig")
+
+EMBEDDINGS_SCHEMA = "gigasparse-embeddings/1"
+
+
+def check_outputs(kinds: Sequence[str], *, variants: bool) -> None:
+    """Raise InputError for an output that there is not, or that cannot be written here."""
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise InputError(f"outputs are of {', '.join(KINDS)}; got {', '.join(kinds) or 'none'}")
+    if variants and set(kinds).intersection(TRACKS):
+        raise InputError("bedgraph and bigwig are scores along the sequences, not of variants=")
+    if "parquet" in kinds and importlib.util.find_spec("pyarrow") is None:
+        raise InputError("parquet needs the package pyarrow: pip install 'gigasparse[parquet]'")
+    if "bigwig" in kinds:
+        require_bigwig()
+
+
+def write_predictions(out: Path, table: pd.DataFrame, kinds: Sequence[str]) -> list[Path]:
+    """Write the table of predictions as the outputs ask for; returns what was written."""
+    written = []
+    if "tsv" in kinds:
+        written.append(out / "predictions.tsv")
+        write_table(written[-1], table)
+    if "parquet" in kinds:
+        written.append(out / "predictions.parquet")
+        aside = _aside(written[-1])
+        table.to_parquet(aside, index=False)
+        os.replace(aside, written[-1])
+    return written
+
+
+def write_embeddings(
+    out: Path, names: Sequence[str], embeddings: Float[ndarray, "R E"]
+) -> list[Path]:
+    """Write a Zarr group: `embeddings` float32 [R, E], and the ids of its rows.
+
+    Ids are one blob of UTF-8, a line each, as Zarr v3 has no settled type for strings.
+    """
+    path = out / "embeddings.zarr"
+    aside = _aside(path)
+    group = zarr.create_group(aside)
+    group.create_array("embeddings", data=embeddings.astype(np.float32))
+    text = "".join(f"{name}\n" for name in names).encode()
+    group.create_array("ids", data=np.frombuffer(text, dtype=np.uint8))
+    group.attrs["schema"] = EMBEDDINGS_SCHEMA
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(aside, path)
+    return [path]
+
+
+def read_embeddings(path: Path) -> tuple[list[str], Float[ndarray, "R E"]]:
+    """Read what `write_embeddings` wrote: ids and vectors."""
+    group = zarr.open_group(path, mode="r")
+    names = np.asarray(group["ids"][:]).tobytes().decode().split("\n")[:-1]
+    return names, np.asarray(group["embeddings"][:])
+
+
+def write_tracks(
+    out: Path,
+    kinds: Sequence[str],
+    intervals: Intervals,
+    windows: Windows,
+    probabilities: Float[ndarray, "W C"],
+    classes: Sequence[str],
+) -> list[Path]:
+    """Write a track of each class: a base has the mean probability of the windows over it."""
+    wanted = [kind for kind in TRACKS if kind in kinds]
+    if not wanted:
+        return []
+    store = intervals.store
+    places = _places(intervals, windows)
+    order, records, starts, ends = places.T
+    written = []
+    for column, name in enumerate(classes):
+        track = blend(records, starts, ends, probabilities[order, column])
+        stem = out / "tracks" / _file_name(name)
+        if "bedgraph" in wanted:
+            written.append(stem.with_name(f"{stem.name}.bedgraph"))
+            write_bedgraph(written[-1], track, store.ids, name=f"probability of {name}")
+        if "bigwig" in wanted:
+            written.append(stem.with_name(f"{stem.name}.bw"))
+            sizes = dict(zip(store.ids, store.lengths.tolist(), strict=True))
+            write_bigwig(written[-1], track, sizes)
+    return written
+
+
+def _places(intervals: Intervals, windows: Windows) -> ndarray:
+    """Where windows lie: rows of window, record, start and end; several where one is spliced."""
+    rows = []
+    for window in range(len(windows)):
+        index = int(windows.records[window])
+        record = intervals.placed[index].record
+        length = int(intervals.store.lengths[record])
+        span = int(windows.starts[window]), int(windows.ends[window])
+        for part in intervals.where(index, *span):
+            start, end = max(part.start, 0), min(part.end, length)
+            if start < end:
+                rows.append((window, record, start, end))
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+
+def _file_name(name: str) -> str:
+    return "".join(sign if sign.isalnum() or sign in "._-" else "_" for sign in name) or "class"
+
+
+def _aside(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")

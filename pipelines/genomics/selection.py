@@ -1,0 +1,209 @@
+"""What a verb works on: the records of a store, intervals of them, or the alleles of variants."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int64, UInt8
+from numpy import ndarray
+
+from pipelines.genomics.data import cut_windows
+from pipelines.genomics.intervals import COLUMNS, read_intervals
+from pipelines.genomics.placing import PAST_END, Part, Placed, fetch, place, whole_records
+from pipelines.genomics.store import SequenceStore
+from pipelines.genomics.tokenizers import Tokenizer
+from pipelines.genomics.variants import (
+    POLICIES,
+    CheckedVariants,
+    PlacedVariant,
+    allele_windows,
+    check_reference,
+    read_vcf,
+)
+from pipelines.shared.batch import Example
+from pipelines.shared.errors import InputError
+from pipelines.shared.tables import Failure
+
+
+class Sequences(Protocol):
+    """Sequences to be read in pieces."""
+
+    @property
+    def lengths(self) -> Int64[ndarray, "R"]:
+        """Bases of each."""
+
+    def read(self, index: int, start: int, end: int) -> UInt8[ndarray, "T"]:
+        """Read the bases [start, end) of one."""
+
+
+class Intervals:
+    """Intervals of a store's records, as they are read: spliced, on their strand."""
+
+    def __init__(self, store: SequenceStore, placed: Iterable[Placed]) -> None:
+        self.store, self.placed = store, tuple(placed)
+        self.lengths = np.array([item.length for item in self.placed], dtype=np.int64)
+
+    def read(self, index: int, start: int, end: int) -> UInt8[ndarray, "T"]:
+        """Read the bases [start, end) of an interval."""
+        return fetch(self.store, self.placed[index], start, end)
+
+    def where(self, index: int, start: int, end: int) -> list[Part]:
+        """Where these bases lie on the record."""
+        return self.placed[index].cut(start, end)
+
+
+class Alleles:
+    """Windows around variants, two each: with REF (even numbers) and with ALT (odd ones)."""
+
+    def __init__(
+        self, store: SequenceStore, placed: Iterable[PlacedVariant], width: int, policy: Any
+    ) -> None:
+        self.store, self.placed, self.width, self.policy = store, tuple(placed), width, policy
+        # ALT of a short record is longer or shorter than it
+        pairs = (self._windows(index) for index in range(len(self.placed)))
+        sizes = [(ref.size, alt.size) for ref, alt in pairs]
+        self.lengths = np.array(sizes, dtype=np.int64).reshape(-1)
+
+    def read(self, index: int, start: int, end: int) -> UInt8[ndarray, "T"]:
+        """Read the bases [start, end) of a window."""
+        return self._windows(index // 2)[index % 2][start:end]
+
+    def _windows(self, index: int) -> tuple[UInt8[ndarray, "W"], UInt8[ndarray, "W"]]:
+        _, ref, alt = allele_windows(self.store, self.placed[index], self.width, policy=self.policy)
+        return ref, alt
+
+
+class Windows:
+    """Windows of sequences as examples, tokenised; an example's record is the sequence's number."""
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        names: list[str],
+        *,
+        context: int,
+        overlap: int,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.sequences, self.names, self.tokenizer = sequences, names, tokenizer
+        self.records, self.starts, self.ends = cut_windows(sequences.lengths, context, overlap)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Bases of each window, which its tokens do not exceed."""
+        lengths: list[int] = (self.ends - self.starts).tolist()
+        return lengths
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = int(self.records[index])
+        bases = self.sequences.read(record, int(self.starts[index]), int(self.ends[index]))
+        tokens = self.tokenizer.encode(bases)
+        return Example(
+            inputs=torch.from_numpy(tokens.ids),
+            coords=torch.from_numpy(tokens.starts)[:, None],
+            target=None,
+            id=self.names[record],
+            group=self.names[record],
+            record=record,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """Chosen intervals (whole records among them), a row of `table` each, and what fell out.
+
+    The table says id, contig, start, end (0-based, half-open), strand, the parts in reading order
+    where some are spliced, label and split where one is known, and flags.
+    """
+
+    placed: tuple[Placed, ...]
+    table: pd.DataFrame
+    failures: tuple[Failure, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Raise InputError for settings of a selection that go together with nothing."""
+    if config["intervals"] and config["variants"]:
+        raise InputError("intervals= and variants= are two runs; give one of them")
+    if config["past_end"] not in PAST_END:
+        raise InputError(f"past_end is {', '.join(PAST_END)}; got {config['past_end']!r}")
+    if config["check_ref"] not in POLICIES:
+        raise InputError(f"check_ref is {', '.join(POLICIES)}; got {config['check_ref']!r}")
+    for key in ("feature", "width"):
+        if config[key] is not None and not config["intervals"]:
+            raise InputError(f"{key}= goes with intervals=FILE")
+    if config["width"] is not None and (type(config["width"]) is not int or config["width"] < 1):
+        raise InputError(f"width is a whole number of bases above 0; got {config['width']!r}")
+    for key in ("intervals", "variants"):
+        if config[key] and not Path(config[key]).is_file():
+            raise InputError(f"{key}={config[key]}: no such file; check the path")
+
+
+def select_intervals(config: Mapping[str, Any], store: SequenceStore) -> Selection:
+    """Choose the intervals of `intervals=`, or all records without it."""
+    if not config["intervals"]:
+        placed = whole_records(store)
+        return Selection(placed, _describe(placed, list(store.labels)))
+    given = config["columns"].items()
+    columns = {role: name for role, name in given if role in COLUMNS and name != role}
+    file = read_intervals(config["intervals"], columns=columns, feature=config["feature"])
+    placement = place(file, store, past_end=config["past_end"], width=config["width"])
+    labels = [item.interval.label for item in placement.placed]
+    table = _describe(placement.placed, labels)
+    splits = [item.interval.split for item in placement.placed]
+    if any(splits):
+        table.insert(len(table.columns) - 1, "split", splits)
+    return Selection(placement.placed, table, placement.failures, tuple(placement.notes()))
+
+
+def select_variants(config: Mapping[str, Any], store: SequenceStore) -> CheckedVariants:
+    """Read the variants of `variants=` and hold them to the sequences."""
+    file = read_vcf(config["variants"])
+    return check_reference(file, store, policy=config["check_ref"])
+
+
+def describe_variants(checked: CheckedVariants, store: SequenceStore) -> pd.DataFrame:
+    """A row per allele: as the file has it, and normalised; positions from 1 as in the file."""
+    rows = [
+        {
+            "id": item.written.id,
+            "contig": item.written.contig,
+            "position": item.written.position,
+            "ref": item.written.ref,
+            "alt": item.written.alt,
+            "record": store.ids[item.record],
+            "aligned_position": item.variant.position,
+            "aligned_ref": item.variant.ref,
+            "aligned_alt": item.variant.alt,
+            "ref_match": item.ref_match,
+        }
+        for item in checked.placed
+    ]
+    return pd.DataFrame(rows)
+
+
+def _describe(placed: tuple[Placed, ...], labels: list[str | None]) -> pd.DataFrame:
+    table = pd.DataFrame(
+        {
+            "id": [item.interval.name for item in placed],
+            "contig": [item.interval.contig for item in placed],
+            "start": [min(part.start for part in item.parts) for item in placed],
+            "end": [max(part.end for part in item.parts) for item in placed],
+            "strand": [item.parts[0].strand for item in placed],
+        }
+    )
+    if any(len(item.parts) > 1 for item in placed):
+        spelled = (",".join(f"{p.start}-{p.end}({p.strand})" for p in i.parts) for i in placed)
+        table["parts"] = list(spelled)
+    if any(label is not None for label in labels):
+        table["label"] = labels
+    table["flags"] = ["; ".join(item.flags) for item in placed]
+    return table
