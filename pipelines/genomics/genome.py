@@ -181,6 +181,11 @@ def parse_record(raw: RawRecord, reading: Reading) -> Record:
             f" has {letters.text.size:,} bases, fewer than reading.min_length={reading.min_length}",
             "remove it, or leave such records out with reading.bad_records=skip",
         )
+    return to_record(raw, letters)
+
+
+def to_record(raw: RawRecord, letters: Letters) -> Record:
+    """Put what stood beside a record's letters to what was read of them."""
     return Record(
         raw.id,
         raw.description,

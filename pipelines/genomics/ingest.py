@@ -22,32 +22,27 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from google_crc32c import extend as crc32c
 
+from pipelines.genomics.batches import BATCH_BYTES, Batch, Packed, parse_batch
 from pipelines.genomics.folders import list_parts
 from pipelines.genomics.formats import TABLES, Format
-from pipelines.genomics.genome import (
-    Ids,
-    RawRecord,
-    Record,
-    RecordError,
-    parse_record,
-    read_raw_records,
-)
+from pipelines.genomics.genome import Ids, RawRecord, Record, RecordError, read_raw_records
 from pipelines.genomics.ingest_report import Tally, notes_of
 from pipelines.genomics.letters import Reading
 from pipelines.genomics.opening import STDIN, Source
 from pipelines.genomics.progress import Progress
 from pipelines.genomics.sequence_tables import ROLES, Columns
 from pipelines.genomics.store import SCHEMA, SequenceStore, open_group, read_schema
-from pipelines.genomics.store_writer import Packed, StoreWriter, pack_letters
+from pipelines.genomics.store_writer import StoreWriter
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure, write_failures
 
 REPORT = "ingest_report.json"
 FAILURES = "failures.csv"
 
-_BATCH_BYTES = 4 << 20
 _MOST_WORKERS = 8
+_BLOCK_BYTES = 1 << 20
 
 
 def run(config: dict[str, Any]) -> int:
@@ -81,28 +76,26 @@ def require_input(config: Mapping[str, Any]) -> None:
 
 
 def provide_store(
-    config: Mapping[str, Any], out: Path, *, require_labels: bool = False
+    config: Mapping[str, Any], out: Path, *, with_labels: bool = False
 ) -> SequenceStore:
     """Return the store that a verb works on, made first where it is missing.
 
     `sequences` is ingested into `store`, or into OUT/store; `store` alone is taken as it is. With
-    `require_labels`, the labels are those that stand beside the sequences. Raises InputError for
-    what `ingest` refuses, and where labels are required and there are none.
+    `with_labels`, labels that stand beside the sequences are taken along. Raises InputError for
+    what `ingest` refuses.
     """
     if config["sequences"] is None:
         store = SequenceStore(config["store"])
     else:
         names = dict(config["columns"])
-        if not require_labels:
+        if not with_labels:
             names = {role: names[role] for role in ("id", "sequence")}
         store = ingest(
             config["sequences"],
             config["store"] or out / "store",
             reading=Reading.from_config(config["reading"]),
-            columns=Columns(names, config.get("where", {}) if require_labels else {}),
+            columns=Columns(names, config.get("where", {}) if with_labels else {}),
         )
-    if require_labels:
-        store.label_table()
     return store
 
 
@@ -128,17 +121,14 @@ def ingest(
     records = job.records()
     first = next(records, None)  # refuses what cannot be opened before anything is written
     with _alone(store):
-        digest = None
-        if store.exists():
-            digest = job.digest_source()
-            if _is_current(store, digest, job.settings):
-                records.close()
-                return SequenceStore(store)
+        if store.exists() and _is_current(store, job.checksum(), job.settings):
+            records.close()
+            return SequenceStore(store)
         aside, outdated = _beside(store, "partial"), _beside(store, "old")
         for stale in (aside, outdated):
             shutil.rmtree(stale, ignore_errors=True)
         try:
-            _write(job, aside, chain([first] if first else [], records), digest, num_workers)
+            _write(job, aside, chain([first] if first else [], records), num_workers)
             if store.exists():
                 os.replace(store, outdated)
             os.replace(aside, store)
@@ -206,30 +196,41 @@ class _Job:
         self.formats[f"{kind}{packed}"] = None
         self.bar.open(source)
 
-    def accept(self, found: "Record | RecordError") -> bool:
-        """Tell whether a record goes into the store; count it, or list why it does not."""
-        if isinstance(found, RecordError):
-            if self.reading.bad_records == "error":
-                raise found
-            name = found.id or found.file
-            self.failures.append(
-                Failure(name, found.file, "bad_record", found.problem, found.remedy)
-            )
-            return False
-        return self.names.admit(found)
+    def accept(self, batch: Batch) -> Iterator[tuple[Record, Packed]]:
+        """Yield the records that go into the store; count them, and list what does not."""
+        self.tally.total.update(batch.counts)
+        for found in batch.found:
+            if isinstance(found, RecordError):
+                self._fail(found)
+            elif self.names.admit(found[0]):
+                self.tally.add(*found)
+                yield found
+            else:
+                self.tally.drop(found[0])
+        self.bar.update(len(self.tally.ids))
 
-    def digest_source(self) -> str | None:
-        """SHA-256 of the file, or of the names and files of a folder; None for stdin."""
+    def _fail(self, error: RecordError) -> None:
+        if self.reading.bad_records == "error":
+            raise error
+        name = error.id or error.file
+        self.failures.append(Failure(name, error.file, "bad_record", error.problem, error.remedy))
+
+    def checksum(self) -> dict[str, int | str] | None:
+        """Bytes and CRC32C of the file, or of the files of a folder; None for stdin.
+
+        They tell whether the input has changed; what identifies the records is their digest.
+        """
         if str(self.sequences) == STDIN:
             return None
         path = Path(self.sequences)
-        if path.is_file():
-            return _digest_file(path)
-        digest = hashlib.sha256()
-        for part in list_parts(path):
-            digest.update(str(part.path.relative_to(path)).encode() + b"\0")
-            digest.update(_digest_file(part.path).encode())
-        return digest.hexdigest()
+        files = [part.path for part in list_parts(path)] if path.is_dir() else [path]
+        size, checksum = 0, 0
+        for file in files:
+            checksum = crc32c(checksum, str(file.relative_to(path)).encode())
+            with file.open("rb") as handle:
+                while block := handle.read(_BLOCK_BYTES):
+                    size, checksum = size + len(block), crc32c(checksum, block)
+        return {"bytes": size, "crc32c": f"{checksum:08x}"}
 
     def report(self, digests: list[bytes], source: dict[str, Any], digest: str) -> dict[str, Any]:
         """Everything that is known once all records are read."""
@@ -247,22 +248,21 @@ def _write(
     job: _Job,
     aside: Path,
     records: Iterable[RawRecord],
-    source_digest: str | None,
     num_workers: int,
 ) -> None:
     num_workers = num_workers or min(os.cpu_count() or 1, _MOST_WORKERS)
     with ThreadPoolExecutor(num_workers) as workers:
         try:
-            hashing = workers.submit(lambda: source_digest or job.digest_source())
+            checksum = workers.submit(job.checksum)
             writer = StoreWriter(aside, workers, num_workers=num_workers)
-            for record, packed in _packed(job, records, workers, num_workers):
-                writer.append(record, packed)
-                job.tally.add(record, _count_n_runs(packed))
+            for batch in _parsed(job, records, workers, num_workers):
+                for record, packed in job.accept(batch):
+                    writer.append(record, packed)
             _require_records(job)
             source = {
                 "name": job.name,
                 "formats": list(job.formats),
-                "sha256": hashing.result(),
+                "checksum": checksum.result(),
             }
             counts = asdict(job.tally.counts())
             digest = writer.finish({"source": source, "settings": job.settings, "counts": counts})
@@ -281,12 +281,9 @@ def _write(
 def _check(sequences: str, reading: Reading, columns: Columns, *, progress: bool) -> _Job:
     """Read everything and write nothing."""
     job = _Job(sequences, reading, columns, progress)
-    for raw in job.records():
-        found = _parse(raw, reading)
-        if job.accept(found if isinstance(found, RecordError) else found[0]):
-            record, packed = found
-            job.tally.add(record, _count_n_runs(packed))
-            job.bar.update(len(job.tally.ids))
+    for raws in _batches(job.records()):
+        for _ in job.accept(parse_batch(raws, reading)):
+            pass
     job.bar.close()
     _require_records(job)
     for failure in job.failures:
@@ -294,25 +291,17 @@ def _check(sequences: str, reading: Reading, columns: Columns, *, progress: bool
     return job
 
 
-def _packed(
+def _parsed(
     job: _Job, raws: Iterable[RawRecord], workers: Executor, num_workers: int
-) -> Iterator[tuple[Record, Packed]]:
-    """Parse and pack records in batches, by workers; they come back in their order."""
-    waiting: deque[Future[list[tuple[Record, Packed] | RecordError]]] = deque()
-
-    def finished(at_most: int) -> Iterator[tuple[Record, Packed]]:
-        while len(waiting) > at_most:
-            for found in waiting.popleft().result():
-                if isinstance(found, RecordError):
-                    job.accept(found)
-                elif job.accept(found[0]):
-                    yield found
-            job.bar.update(len(job.tally.ids))
-
+) -> Iterator[Batch]:
+    """Parse records in batches, by workers; they come back in their order."""
+    waiting: deque[Future[Batch]] = deque()
     for batch in _batches(raws):
-        waiting.append(workers.submit(_parse_batch, batch, job.reading))
-        yield from finished(num_workers)
-    yield from finished(0)
+        waiting.append(workers.submit(parse_batch, batch, job.reading))
+        if len(waiting) > num_workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _batches(raws: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
@@ -321,25 +310,11 @@ def _batches(raws: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
     for raw in raws:
         batch.append(raw)
         size += len(raw.letters)
-        if size >= _BATCH_BYTES:
+        if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _parse_batch(
-    batch: list[RawRecord], reading: Reading
-) -> list[tuple[Record, Packed] | RecordError]:
-    return [_parse(raw, reading) for raw in batch]
-
-
-def _parse(raw: RawRecord, reading: Reading) -> tuple[Record, Packed] | RecordError:
-    try:
-        record = parse_record(raw, reading)
-    except RecordError as error:
-        return error
-    return record, pack_letters(record.letters)
 
 
 def _require_records(job: _Job) -> None:
@@ -354,20 +329,13 @@ def _require_records(job: _Job) -> None:
     raise InputError(f"{job.sequences}: no records; give sequences, or where= that keeps some")
 
 
-def _count_n_runs(packed: Packed) -> int:
-    return int((packed.others[:, 2] == _N).sum()) if packed.others.size else 0
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _is_current(store: Path, digest: str | None, settings: dict[str, Any]) -> bool:
-    if digest is None or read_schema(store) != SCHEMA:
+def _is_current(
+    store: Path, checksum: dict[str, int | str] | None, settings: dict[str, Any]
+) -> bool:
+    if checksum is None or read_schema(store) != SCHEMA:
         return False
     attributes = open_group(store).attrs
-    return bool(attributes["source"]["sha256"] == digest and attributes["settings"] == settings)
+    return bool(attributes["source"]["checksum"] == checksum and attributes["settings"] == settings)
 
 
 def _beside(store: Path, kind: str) -> Path:
@@ -382,6 +350,3 @@ def _alone(store: Path) -> Iterator[None]:
     place = Path(tempfile.gettempdir()) / f"gigasparse-{getpass.getuser()}-{name}.lock"
     with FileLock(place):
         yield
-
-
-_N = 5

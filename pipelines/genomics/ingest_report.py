@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.genomics.alphabet import LETTERS
+from pipelines.genomics.batches import Packed
 from pipelines.genomics.genome import Ids, Record
+from pipelines.genomics.letters import count_letters
 from pipelines.genomics.store import LetterCounts
 
 _NUM_LISTED = 1000
@@ -30,20 +32,24 @@ class Tally:
     mixed: list[str] = field(default_factory=list)
     """Ids of records that hold T and U."""
 
-    def add(self, record: Record, num_n_runs: int) -> None:
-        """Count one more record."""
+    def add(self, record: Record, packed: Packed) -> None:
+        """Count one more record; its letters are counted with those of its batch."""
         counts = record.letters.counts
-        self.total.update(counts)
         self.ids.append(record.id)
         self.labels.append(record.label)
         self.splits.append(record.split)
-        self.lengths.append(record.letters.text.size)
-        self.gc.append(counts.get("G", 0) + counts.get("C", 0))
+        self.lengths.append(packed.length)
+        self.gc.append(packed.gc)
         self.n.append(counts.get("N", 0))
         self.lower.append(counts.get("lower", 0))
-        self.n_runs.append(num_n_runs)
+        self.n_runs.append(_count_n_runs(packed))
         if 0 < counts.get("uracil", 0) < counts.get("T", 0):
             self.mixed.append(record.id)
+
+    def drop(self, record: Record) -> None:
+        """Take the letters of a record that was counted with its batch out again."""
+        counts = record.letters.counts or count_letters(record.letters.text, b"ACGT")
+        self.total.subtract(counts)
 
     def counts(self) -> LetterCounts:
         """The counts that a store carries along."""
@@ -166,3 +172,10 @@ def notes_of(report: dict[str, Any]) -> list[str]:
         "of them with different labels": len(report["conflicts"]),
     }
     return [f"{count:,} {text}" for text, count in sentences.items() if count]
+
+
+def _count_n_runs(packed: Packed) -> int:
+    return int((packed.others[:, 2] == _N).sum()) if packed.others.size else 0
+
+
+_N = LETTERS.index("N") + 1

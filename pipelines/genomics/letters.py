@@ -101,15 +101,15 @@ def read_letters(raw: bytes | memoryview, reading: Reading) -> Letters:
     that the settings refuse, named with its position (from 1, blanks not counted).
     """
     read = np.frombuffer(raw, dtype=np.uint8)
-    plain = _count(read, b"ACGT")
+    plain = count_letters(read, b"ACGT")
     text = read if sum(plain.values()) == read.size else _unwrap(read)
     if sum(plain.values()) == text.size:
         return Letters(text, True, _NO_RUNS, {k: v for k, v in plain.items() if v})
     return _read_any(text, reading)
 
 
-def _count(text: UInt8[ndarray, "T"], letters: bytes) -> dict[str, int]:
-    """Count each of the letters, in pieces that fit a cache."""
+def count_letters(text: UInt8[ndarray, "T"], letters: bytes) -> dict[str, int]:
+    """Count some letters in a text of ASCII codes."""
     counts = dict.fromkeys(letters, 0)
     for start in range(0, text.size, _PIECE):
         piece = text[start : start + _PIECE]

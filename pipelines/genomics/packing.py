@@ -5,7 +5,7 @@ What is none of the four gets some base, and its true letter in a list of runs b
 """
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, UInt8, UInt32
 from numpy import ndarray
 
 PER_BYTE = 4
@@ -46,6 +46,12 @@ def unpack(packed: UInt8[ndarray, "P"]) -> UInt8[ndarray, "4*P"]:
         piece &= np.uint32(0x03030303)
         piece += np.uint32(0x01010101)
     return words.view(np.uint8)
+
+
+def count_gc(packed: UInt8[ndarray, "P"], starts: Int64[ndarray, "R"]) -> UInt32[ndarray, "R"]:
+    """Count G and C in stretches of packed bases; `starts` ascend, and each ends at the next."""
+    either = (packed ^ (packed >> 1)) & 0b01010101  # C is 1 and G is 2: one of the bits is set
+    return np.add.reduceat(np.bitwise_count(either), starts, dtype=np.uint32)
 
 
 def find_runs(values: ndarray) -> Int64[ndarray, "R 2"]:

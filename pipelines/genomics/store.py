@@ -26,12 +26,12 @@ from pipelines.genomics.packing import PER_BYTE, unpack
 from pipelines.shared.errors import InputError
 
 SCHEMA = "gigasparse-sequences/2"
-CHUNK_BYTES = 1 << 18
-"""A million bases: what a read from a large store decodes at once."""
+CHUNK_BYTES = 1 << 20
+"""Four million bases: what a read from a large store decodes at once."""
 SHARD_BYTES = 1 << 24
 """64 million bases: what a sampler reads at once."""
 
-_CACHED_CHUNKS = 1024
+_CACHED_CHUNKS = 256
 """Decoded chunks kept for a store too large to hold in memory: 256 MiB."""
 _SHORT_RUN = 32
 
@@ -148,7 +148,7 @@ class SequenceStore:
         return self._num_bytes <= self.memory_bytes
 
     def other_runs(self) -> tuple[Int64[ndarray, "K 2"], UInt8[ndarray, "K"]]:
-        """The runs of letters that are not A C G T, half-open on the flat axis, and their tokens."""
+        """The runs of letters other than A C G T, half-open on the flat axis, and their tokens."""
         starts, lengths, tokens = self._others
         return np.stack([starts, starts + lengths], axis=1), tokens
 

@@ -8,57 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import LETTERS
+from pipelines.genomics.batches import DIGEST_BYTES, NO_RUNS, Packed
 from pipelines.genomics.genome import Record
-from pipelines.genomics.letters import Letters
-from pipelines.genomics.packing import PER_BYTE, find_runs, pack
+from pipelines.genomics.packing import PER_BYTE
 from pipelines.genomics.store import CHUNK_BYTES, SCHEMA, SHARD_BYTES
-
-_DIGEST_BYTES = 16
-_NO_RUNS = np.empty((0, 3), dtype=np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A record's letters as the store keeps them."""
-
-    length: int
-    bases: UInt8[ndarray, "P"]
-    others: Int64[ndarray, "K 3"]
-    """Start, length and token of each run that is not A C G T, from the record's beginning."""
-    digest: bytes
-    """SHA-256, its first 16 bytes, of length, bases and other runs."""
-
-
-def pack_letters(letters: Letters) -> Packed:
-    """Pack a record's letters and digest them."""
-    text = letters.text
-    bases, others = pack(text), _NO_RUNS if letters.plain else _find_others(text)
-    digest = hashlib.sha256(text.size.to_bytes(8, "little"))
-    digest.update(bases)
-    digest.update(others.tobytes())
-    return Packed(text.size, bases, others, digest.digest()[:_DIGEST_BYTES])
-
-
-def _find_others(text: UInt8[ndarray, "T"]) -> Int64[ndarray, "K 3"]:
-    tokens = np.frombuffer(text.tobytes().translate(_OTHERS), dtype=np.uint8)
-    runs = find_runs(tokens)
-    found = tokens[runs[:, 0]]
-    rows = np.column_stack([runs[:, 0], runs[:, 1] - runs[:, 0], found])
-    return rows[found > 0].astype(np.int64)
-
-
-def _others_table() -> bytes:
-    table = bytearray(256)
-    for token, letter in enumerate(LETTERS, start=1):
-        table[ord(letter)] = 0 if letter in "ACGT" else token
-    return bytes(table)
-
-
-_OTHERS = _others_table()
 
 
 @dataclass(slots=True)
@@ -87,6 +44,7 @@ class StoreWriter:
             chunks=(CHUNK_BYTES,),
             shards=(SHARD_BYTES,),
             compressors=zarr.codecs.ZstdCodec(level=-1, checksum=True),
+            config={"write_empty_chunks": True},  # looking for empty ones takes longer than writing
         )
         self._workers, self._num_workers = workers, num_workers
         self._writes: list[Future[None]] = []
@@ -105,14 +63,15 @@ class StoreWriter:
         columns.lengths.append(packed.length)
         columns.circular.append(record.circular)
         columns.digests.append(packed.digest)
-        columns.headers.append(_line(record.id, record.description))
-        columns.labels.append(_line(record.label, record.group, record.split))
+        columns.headers.append(header := _line(record.id, record.description))
+        columns.labels.append(label := _line(record.label, record.group, record.split))
         if packed.others.size:
             columns.others.append(packed.others + np.array([offset, 0, 0]))
         if record.mask.size:
             columns.masks.append(record.mask + offset)
         self._is_labelled |= any((record.label, record.group, record.split))
-        self._digest_record(record, packed)
+        self._digest.update(f"{header}{label}{record.circular:d}".encode() + packed.digest)
+        self._digest.update(record.mask.tobytes())
         self._pending.append(packed.bases)
         self._num_pending += packed.bases.size
         self._num_bytes += packed.bases.size
@@ -135,11 +94,6 @@ class StoreWriter:
     def digests(self) -> list[bytes]:
         """The digest of each record so far."""
         return self._columns.digests
-
-    def _digest_record(self, record: Record, packed: Packed) -> None:
-        names = _line(record.id, record.description, record.label, record.group, record.split)
-        self._digest.update(names.encode("utf-8") + bytes([record.circular]) + packed.digest)
-        self._digest.update(record.mask.tobytes())
 
     def _flush(self, *, whole: bool) -> None:
         packed = self._pending[0] if len(self._pending) == 1 else _joined(self._pending)
@@ -167,11 +121,11 @@ class StoreWriter:
         records.create_array("length", data=np.array(columns.lengths, dtype=np.int64))
         records.create_array("circular", data=np.array(columns.circular, dtype=np.bool_))
         digests = np.frombuffer(b"".join(columns.digests), dtype=np.uint8)
-        records.create_array("digest", data=digests.reshape(-1, _DIGEST_BYTES))
+        records.create_array("digest", data=digests.reshape(-1, DIGEST_BYTES))
         # blobs, as Zarr v3 has no settled type for strings
         records.create_array("header", data=_blob(columns.headers))
         records.create_array("label", data=_blob(columns.labels if self._is_labelled else []))
-        runs = _joined(columns.others, _NO_RUNS)
+        runs = _joined(columns.others, NO_RUNS)
         others = self._group.create_group("others")
         others.create_array("start", data=runs[:, 0].copy())
         others.create_array("length", data=runs[:, 1].copy())
@@ -182,8 +136,11 @@ class StoreWriter:
 
 
 def _line(*values: str | None) -> str:
-    """One line of a text column; what would break it is read as a blank."""
-    return "\t".join(" ".join((value or "").split()) for value in values) + "\n"
+    """One line of a text column; blanks that would break it are read as a space."""
+    line = "\t".join([value or "" for value in values])
+    if line.count("\t") >= len(values) or "\n" in line or "\r" in line:
+        line = "\t".join([" ".join((value or "").split()) for value in values])
+    return f"{line}\n"
 
 
 def _blob(lines: list[str]) -> UInt8[ndarray, "B"]:
