@@ -1,12 +1,16 @@
 """Small slides made on the spot."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+
+from pipelines.pathology.scale import draw_tissue
+from pipelines.pathology.store import SCHEMA, Provenance, encoder_entry, slide_folder, write_group
 
 SlideWriter = Callable[..., Path]
 
@@ -68,3 +72,50 @@ def tissue_slide(tmp_path: Path, write_tiff: SlideWriter, paint: Callable[..., n
     folder = tmp_path / "slides"
     folder.mkdir()
     return write_tiff(folder / "tissue.tiff", image)
+
+
+def write_stored(store: Path, slide_id: str, grid: np.ndarray, features: np.ndarray) -> None:
+    """Store cells [N, 2] with features [N, E] as a slide without a picture."""
+    provenance = Provenance(slide_id, None, "drawn", "drawn", f"drawn-{features.shape[1]}")
+    attributes = {
+        "schema": SCHEMA,
+        "slide_id": slide_id,
+        "dimensions": [10_000, 10_000],
+        "mpp": 0.5,
+        "pitch0": 256.0,
+        "encoders": {"drawn": encoder_entry(provenance.encoder_fingerprint, asdict(provenance))},
+    }
+    arrays = {
+        "grid": grid.astype(np.int32),
+        "xy0": grid.astype(np.int64) * 256,
+        "tissue": np.ones(len(grid), dtype=np.float32),
+        "features/drawn": features.astype(np.float32),
+    }
+    write_group(slide_folder(store, slide_id), attributes, arrays)
+
+
+def draw_stored(
+    store: Path, burdens: list[float], *, names: list[str] | None = None, seed: int = 0
+) -> list[str]:
+    """Store slides of 40 to 80 tiles, of which a share (the burden, 0 to 1) is tumour.
+
+    Tumour tiles stand at 2 in the first of six normal features.
+    """
+    names = names or [f"s{number:03d}" for number in range(len(burdens))]
+    for number, (name, burden) in enumerate(zip(names, burdens, strict=True)):
+        rng = np.random.default_rng([seed, number])
+        grid = draw_tissue(int(rng.integers(40, 80)), seed=seed + number)
+        features = rng.normal(size=(len(grid), 6))
+        features[rng.random(len(grid)) < burden, 0] += 2.0
+        write_stored(store, name, grid, features)
+    return names
+
+
+@pytest.fixture(scope="session")
+def store_slide() -> Callable[..., None]:
+    return write_stored
+
+
+@pytest.fixture(scope="session")
+def draw_slides() -> Callable[..., list[str]]:
+    return draw_stored
