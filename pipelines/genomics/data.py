@@ -31,9 +31,9 @@ _NUM_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Which records of a store have a label, and what stayed without a partner.
+    """Which records have a label, and what stayed without a partner.
 
-    `records` and `rows` run in parallel, in the order of the store: record `records[i]` has row
+    `records` and `rows` run in parallel, in the order of the records: record `records[i]` has row
     `rows[i]` of the table, counted from 0 (`table.iloc`).
     """
 
@@ -242,29 +242,29 @@ def read_label_table(
     return pd.DataFrame({role: found[role] for role in COLUMNS if role in found})
 
 
-def match_labels(store: SequenceStore, table: pd.DataFrame) -> Match:
-    """Match the records of a store with the rows of a label table by id.
+def match_labels(ids: Sequence[str], table: pd.DataFrame, *, name: str = "the sequences") -> Match:
+    """Match records, by their ids, with the rows of a label table; `name` is what holds them.
 
     What has no partner is listed in the result (the caller trains on the rest and reports it).
     Raises InputError when nothing matches.
     """
     row_of = {name: row for row, name in enumerate(table["id"])}
-    pairs = [(i, row_of[name]) for i, name in enumerate(store.ids) if name in row_of]
+    pairs = [(i, row_of[item]) for i, item in enumerate(ids) if item in row_of]
     if not pairs:
         raise InputError(
-            f"{store.path}: no record has a label: ids of the FASTA are {_some(store.ids)}, of the "
-            f"labels {_some(tuple(table['id']))}; the id is the first word after '>'"
+            f"{name}: no record has a label: ids of the records are {_some(ids)}, of the labels "
+            f"{_some(tuple(table['id']))}; in FASTA the id is the first word after '>'"
         )
     records, rows = np.array(pairs, dtype=np.int64).T
-    known = set(store.ids)
+    known = set(ids)
     return Match(
         records=records,
         rows=rows,
-        unlabelled=tuple(name for name in store.ids if name not in row_of),
-        unknown=tuple(name for name in table["id"] if name not in known),
+        unlabelled=tuple(item for item in ids if item not in row_of),
+        unknown=tuple(item for item in table["id"] if item not in known),
     )
 
 
-def _some(names: tuple[str, ...]) -> str:
+def _some(names: Sequence[str]) -> str:
     dots = ", ..." if len(names) > _NUM_SHOWN else ""
     return ", ".join(map(repr, names[:_NUM_SHOWN])) + dots

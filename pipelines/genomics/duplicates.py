@@ -2,9 +2,9 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,10 @@ from pipelines.genomics.alphabet import reverse_complement
 from pipelines.genomics.store import SequenceStore
 from pipelines.shared.errors import InputError
 
-Policy = Literal["remove", "group", "keep"]
-POLICIES = ("remove", "group", "keep")
+Policy = Literal["error", "remove", "allow"]
+POLICIES = get_args(Policy)
 
+_NUM_SHOWN = 20
 _RANK = {"test": 0, "val": 1, "train": 2}
 """Of two copies in given splits, the one in the lower rank stays."""
 
@@ -82,21 +83,41 @@ def digest(tokens: UInt8[ndarray, "T"]) -> bytes:
 
 
 def settle_copies(copies: Sequence[Sequence[int]], chosen: Chosen, policy: Policy) -> Settled:
-    """Remove, group or keep the copies that `find_copies` found.
+    """Keep the copies that `find_copies` found out of different splits, or leave them be.
 
-    "remove" leaves the first of copies with one label and none where labels contradict each other.
-    Where the table gives splits, its test records all stay, so that scores compare with those of
-    others, and copies of them leave val and train, as copies of val leave train. "group" unites the
-    groups of copies, so that they come into one split; raises InputError where given splits tear
-    them apart. "keep" changes nothing.
+    "error": where splits are given and copies stand in different ones, InputError lists them; else
+    their groups are united, so that they come into one split. "remove" leaves the first of copies
+    with one label and none where labels contradict each other; where splits are given, all test
+    records stay, so that scores compare with those of others, and copies of them leave val and
+    train, as copies of val leave train. "allow" changes nothing.
     """
     if policy == "remove":
         return _remove(copies, chosen)
-    if policy == "group":
-        _require_one_split(copies, chosen)
-        groups = _unite(copies, chosen.groups)
-        return _left_alone(copies, chosen, groups, "grouped")
-    return _left_alone(copies, chosen, chosen.groups, "kept")
+    if policy == "allow":
+        return _left_alone(copies, chosen, chosen.groups, "kept")
+    pairs = [(members[0], other) for members in copies for other in members[1:]]
+    require_apart(pairs, chosen, "the same sequence")
+    return _left_alone(copies, chosen, _unite(copies, chosen.groups), "grouped")
+
+
+def require_apart(pairs: Iterable[tuple[int, int]], chosen: Chosen, what: str) -> None:
+    """Raise InputError where two items that have `what` in common stand in different splits."""
+    if chosen.given is None:
+        return
+    torn = [(one, two) for one, two in pairs if chosen.given[one] != chosen.given[two]]
+    if not torn:
+        return
+    shown = [
+        " and ".join(f"{chosen.ids[at]!r} ({chosen.given[at]})" for at in pair)
+        for pair in torn[:_NUM_SHOWN]
+    ]
+    more = f"\n  and {len(torn) - _NUM_SHOWN:,} more" if len(torn) > _NUM_SHOWN else ""
+    listed = "\n  ".join(shown)
+    raise InputError(
+        f"splits overlap: {len(torn):,} pairs in different splits have {what}:\n  {listed}{more}\n"
+        "use overlap=remove (test stays whole, its copies leave train and val), overlap=allow, or "
+        "make other splits"
+    )
 
 
 def _remove(copies: Sequence[Sequence[int]], chosen: Chosen) -> Settled:
@@ -137,23 +158,10 @@ def _left_alone(
         for place in members[1:]
     ]
     notes = [f"{len(rows):,} records are copies of others ({status})"] if rows else []
+    conflicts = sum(len({chosen.labels[place] for place in members}) > 1 for members in copies)
+    if conflicts:
+        notes.append(f"{conflicts:,} sequences stand under more than one label")
     return Settled(np.arange(len(chosen.ids)), list(groups), _table(rows), notes)
-
-
-def _require_one_split(copies: Sequence[Sequence[int]], chosen: Chosen) -> None:
-    torn = [
-        (members[0], other)
-        for members in copies
-        for other in members[1:]
-        if _given(chosen, other) != _given(chosen, members[0])
-    ]
-    if torn:
-        one, two = ([chosen.ids[place], _given(chosen, place)] for place in torn[0])
-        raise InputError(
-            f"records {one[0]!r} ({one[1]}) and {two[0]!r} ({two[1]}) have the same sequence: "
-            "duplicates=group cannot keep them in one split; use duplicates=remove, or correct "
-            "the splits"
-        )
 
 
 def _unite(copies: Sequence[Sequence[int]], groups: Sequence[str]) -> list[str]:

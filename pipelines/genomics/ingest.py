@@ -324,9 +324,11 @@ def _require_records(job: _Job) -> None:
         first = job.failures[0]
         raise InputError(
             f"{job.sequences}: none of {len(job.failures):,} records can be read; the first: "
-            f"{first.path} {first.reason}; {first.remedy}"
+            f"{first.id!r} {first.reason}; {first.remedy}"
         )
-    raise InputError(f"{job.sequences}: no records; give sequences, or where= that keeps some")
+    chosen = ", ".join(f"where.{column}={value}" for column, value in job.columns.where.items())
+    kept = f" that {chosen} keeps" if chosen else ""
+    raise InputError(f"{job.sequences}: no records{kept}; give a file that holds some")
 
 
 def _is_current(

@@ -230,7 +230,9 @@ def overlaps(
     those that begin before an interval ends, the one that reaches furthest tells.
     """
     found = np.full(len(later), -1, dtype=np.int64)
-    known = {contig: np.flatnonzero(earlier["contig"] == contig) for contig in earlier["contig"].unique()}
+    known = {
+        contig: np.flatnonzero(earlier["contig"] == contig) for contig in earlier["contig"].unique()
+    }
     starts, ends = (earlier[column].to_numpy(dtype=np.int64) for column in ("start", "end"))
     for contig, rows in later.reset_index(drop=True).groupby("contig", sort=False):
         there = known.get(contig)
@@ -238,9 +240,7 @@ def overlaps(
             continue
         there = there[np.argsort(starts[there], kind="stable")]
         reach = np.maximum.accumulate(ends[there])
-        furthest = np.maximum.accumulate(
-            np.where(ends[there] == reach, np.arange(there.size), 0)
-        )
+        furthest = np.maximum.accumulate(np.where(ends[there] == reach, np.arange(there.size), 0))
         before = np.searchsorted(starts[there], rows["end"].to_numpy(), side="left") - 1
         hit = (before >= 0) & (reach[before] > rows["start"].to_numpy())
         found[rows.index[hit]] = places[there[furthest[before[hit]]]]
@@ -260,7 +260,7 @@ def _first_equal(
 def _copies(
     collection: Collection, later: Int64[ndarray, "L"], earlier: Int64[ndarray, "M"]
 ) -> tuple[Int64[ndarray, "L"], Int64[ndarray, "L"]]:
-    """Name for each item one of `earlier` with its bases, and one with those of the other strand."""
+    """Name for each item one of `earlier` with its bases, and one with the other strand's."""
     assert collection.store is not None, "compared by sequence"
     read, records = collection.store.read, collection.records
     lengths = set(collection.lengths[later].tolist())

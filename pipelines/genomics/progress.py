@@ -70,3 +70,35 @@ def track(items: Iterable[T], *, total: int, label: str, unit: str) -> Iterator[
             share = f"{count:,} of {total:,} {unit}"
             print(f"{label}: {share}, {now - start:.0f} s", file=sys.stderr, flush=True)
             last = now
+
+
+class BaseCount:
+    """Bases that are done, of `total`: a bar, or a line every ten seconds; hidden without label."""
+
+    def __init__(self, label: str | None, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._bar = tqdm(
+            desc=label,
+            total=total,
+            unit="bp",
+            unit_scale=True,
+            delay=2.0,
+            disable=label is None or not sys.stderr.isatty(),
+        )
+        self._lines = label is not None and not sys.stderr.isatty()
+        self._next_line = time.monotonic() + _SECONDS
+
+    def __enter__(self) -> "BaseCount":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, bases: int) -> None:
+        """Say how many more bases are done."""
+        self._done += bases
+        self._bar.update(bases)
+        if self._lines and time.monotonic() >= self._next_line:
+            share = f"{self._done:,} of {self._total:,} bases"
+            print(f"{self._label}: {share}", file=sys.stderr, flush=True)
+            self._next_line += _SECONDS

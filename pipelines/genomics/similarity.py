@@ -1,16 +1,17 @@
 """Which sequences share words of k bases, on either strand; clusters of those that share many."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8, UInt64
 from numpy import ndarray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
 from pipelines.genomics.alphabet import NUM_BASES, PADDING
+from pipelines.genomics.progress import BaseCount, track
 from pipelines.genomics.store import SequenceStore
 
 LEAK_K = 50
@@ -69,14 +70,13 @@ def collect_words(
     total = int(store.lengths[chosen].sum())
     hashes, owners = np.empty(total, np.uint64), np.empty(total, np.int32)
     size = 0
-    hidden = progress is None
-    with tqdm(total=total, desc=progress, unit="bp", unit_scale=True, delay=2, disable=hidden) as bar:
+    with BaseCount(progress, total) as bar:
         for found, owner, bases in _hash_records(store, chosen, k):
             found, owner = _sample(found, owner, sampled)
             hashes[size : size + found.size] = found
             owners[size : size + found.size] = owner
             size += found.size
-            bar.update(bases)
+            bar.add(bases)
     return Words(hashes[:size], owners[:size])
 
 
@@ -96,8 +96,7 @@ def shared_words(
     chosen = np.asarray(records, dtype=np.int64)
     words, shared = np.zeros(chosen.size, np.int64), np.zeros(chosen.size, np.int64)
     total = int(store.lengths[chosen].sum())
-    hidden = progress is None
-    with tqdm(total=total, desc=progress, unit="bp", unit_scale=True, delay=2, disable=hidden) as bar:
+    with BaseCount(progress, total) as bar:
         for found, owner, bases in _hash_records(store, chosen, k):
             found, owner = _sample(found, owner, sampled)
             order = np.argsort(found)  # neighbours are looked up in neighbouring places
@@ -105,7 +104,7 @@ def shared_words(
             hit = known[near] == found[order] if known.size else np.zeros(found.size, np.bool_)
             words += np.bincount(owner, minlength=chosen.size)
             shared += np.bincount(owner[order[hit]], minlength=chosen.size)
-            bar.update(bases)
+            bar.add(bases)
     return words, shared
 
 
@@ -136,8 +135,7 @@ def cluster_records(
     links += list(_linked_pairs(held, sizes, share, progress=progress))
     one, two = np.concatenate(links, axis=1)
     graph = coo_array((np.ones(one.size, np.int8), (one, two)), shape=(chosen.size, chosen.size))
-    labels: Int64[ndarray, "S"] = connected_components(graph, directed=False)[1].astype(np.int64)
-    return labels
+    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 
 
 def choose_sampling(lengths: Int64[ndarray, "S"], most: int = _CLUSTER_WORDS) -> int:
@@ -226,7 +224,7 @@ def _hash_records(
     store: SequenceStore, records: Int64[ndarray, "S"], k: int
 ) -> Iterator[tuple[UInt64[ndarray, "V"], Int64[ndarray, "V"], int]]:
     """Hash many records at a time: their words, whose each is, and how many bases these were."""
-    parts: list[UInt8[ndarray, "T"]] = []
+    parts: list[ndarray] = []
     first, size = 0, 0
     gap = np.array([PADDING], dtype=np.uint8)  # no word reaches over it
     for place, record in enumerate(records.tolist()):
@@ -265,11 +263,16 @@ def _linked_pairs(
     transposed = csr_array(held.T)
     holders = np.diff(transposed.indptr)
     cost = np.zeros(held.shape[0], dtype=np.int64)
-    np.add.at(cost, np.repeat(np.arange(held.shape[0]), np.diff(held.indptr)), holders[held.indices])
+    np.add.at(
+        cost, np.repeat(np.arange(held.shape[0]), np.diff(held.indptr)), holders[held.indices]
+    )
     block = np.cumsum(cost) // _BLOCK_PAIRS
     bounds = np.searchsorted(block, np.arange(int(block.max(initial=0)) + 2))
-    spans = [(a, b) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True) if a < b]
-    for start, end in tqdm(spans, desc="pairs", delay=2, disable=not progress):
+    spans = [(a, b) for a, b in pairwise(bounds.tolist()) if a < b]
+    blocks: Iterable[tuple[int, int]] = spans
+    if progress:
+        blocks = track(spans, total=len(spans), label="pairs", unit="blocks of records")
+    for start, end in blocks:
         shared = coo_array(held[start:end] @ transposed)
         one, two = shared.row + start, shared.col
         enough = shared.data >= share * np.minimum(sizes[one], sizes[two])

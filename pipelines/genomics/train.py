@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.genomics.alphabet import NUM_TOKENS
 from pipelines.genomics.collection import Collection, collect
 from pipelines.genomics.ingest import require_input
-from pipelines.genomics.model import TASK, DnaClassifier
+from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.splitting import assign, check_policy, describe, keep_apart
 from pipelines.genomics.study import BASELINES, TASK, Study, record_probabilities
 from pipelines.genomics.synthetic import MotifPlan, write_dataset

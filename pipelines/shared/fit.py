@@ -421,6 +421,7 @@ _HINTS = (
     r".*does not have many workers.*",
     r".*GPU available but not used.*",
     r".*isinstance\(treespec, LeafSpec\).*",
+    r".*`IterableDataset` has `__len__` defined.*",  # each worker makes its own batches
 )
 
 

@@ -51,7 +51,7 @@ def test_own_records_and_predictions_in_input_order(
         file.write(text)
     code = run(
         "train", f"sequences={fasta}", f"labels={records[1]}", f"out={tmp_path / 'run'}",
-        "context=200", "overlap=50", "baselines=[]", *QUICK,
+        "context=200", "window_overlap=50", "baselines=[]", *QUICK,
     )  # fmt: skip
     assert code == 0
     code = run(
@@ -131,7 +131,9 @@ def test_a_task_of_a_pool_is_trained_without_copies(
     given = [f"sequences={pool[0]}", f"labels={pool[1]}", f"store={tmp_path / 'store'}"]
     tables = []
     for out in (tmp_path / "one", tmp_path / "two"):
-        code = run("train", *given, f"out={out}", *NAMES, "baselines=[kmer]", *QUICK)
+        code = run(
+            "train", *given, f"out={out}", *NAMES, "overlap=remove", "baselines=[kmer]", *QUICK
+        )
         assert code == 0
         tables.append((out / "splits.tsv").read_text())
     shown = capsys.readouterr().out
@@ -139,7 +141,7 @@ def test_a_task_of_a_pool_is_trained_without_copies(
     assert "rows where task is 'motif, or not'" in shown
     assert tables[0] == tables[1]
     splits = pd.read_csv(tmp_path / "one" / "splits.tsv", sep="\t", dtype=str)
-    assert list(splits.columns) == ["id", "label", "split"]
+    assert list(splits.columns) == ["id", "label", "split", "group"]
     copies = pd.read_csv(tmp_path / "one" / "duplicates.csv").set_index("id")
     assert len(copies) == 3  # copy1, and copy2 with what it contradicts
     assert {"copy1", "copy2"} < set(copies.index)
@@ -154,8 +156,8 @@ def test_a_task_of_a_pool_is_trained_without_copies(
         (["where.task=motif"], ["tasks.tsv.gz", "'motif' in column 'task'", "'other' (3 rows)"]),
         (["where.tusk=other"], ["tasks.tsv.gz", "no column 'tusk'", "'task'"]),
         (["columns.id=name"], ["tasks.tsv.gz", "no column 'name'", "columns.id=NAME"]),
-        (["duplicates=drop"], ["remove, group, keep", "'drop'"]),
-        (["columns.name=x"], ["columns.name", "columns.label"]),
+        (["overlap=drop"], ["error, remove, allow", "'drop'"]),
+        (["columns.nme=x"], ["columns.nme", "columns.label"]),
     ],
     ids=lambda x: x[0],
 )
@@ -296,7 +298,7 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
         (["baselines=[cnn]"], ["cnn", "kmer"]),
         (["labels=x.tsv"], ["sequences=FILE"]),
         (["data=sequences"], ["sequences=FILE", "store=FOLDER"]),
-        (["overlap=500"], ["overlap"]),
+        (["window_overlap=500"], ["window_overlap"]),
         (["data.right_gap=[2,4]"], ["gaps must exceed"]),
         (["pattern.expression=SlidingWindow((2,3))"], ["2 radii", "1 axes"]),
         (["model.num_heads=3"], ["multiple of num_heads"]),

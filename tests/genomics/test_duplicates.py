@@ -90,8 +90,8 @@ def test_copies_of_a_given_test_record_leave_whatever_their_labels():
     assert "4 of them with contradicting labels" in settled.notes[0]
 
 
-def test_grouping_unites_the_groups_of_copies():
-    settled = settle_copies([[0, 2], [3, 5]], choose(groups="pqrrst"), "group")
+def test_copies_come_into_one_split_where_none_are_given():
+    settled = settle_copies([[0, 2], [3, 5]], choose(groups="pqrrst"), "error")
     assert settled.kept.tolist() == [0, 1, 2, 3, 4, 5]
     united = [settled.groups[place] for place in (0, 2, 3, 5)]
     assert len(set(united)) == 1
@@ -99,23 +99,28 @@ def test_grouping_unites_the_groups_of_copies():
     assert settled.table["status"].tolist() == ["grouped", "grouped"]
 
 
-def test_grouping_refuses_given_splits_that_tear_copies_apart():
+def test_given_splits_that_tear_copies_apart_are_refused_with_their_ids():
     given = ["train", "val", "train", "val", "train", "test"]
-    with pytest.raises(InputError, match=r"'a' \(train\) and 'f' \(test\).*duplicates=remove"):
-        settle_copies(COPIES, choose(given=given), "group")
+    with pytest.raises(InputError, match=r"1 pairs.*\n  'a' \(train\) and 'f' \(test\)\nuse overlap="):
+        settle_copies(COPIES, choose(given=given), "error")
     whole = ["train", "val", "train", "val", "train", "train"]
-    assert settle_copies(COPIES, choose(given=whole), "group").kept.size == 6
+    assert settle_copies(COPIES, choose(given=whole), "error").kept.size == 6
+
+
+def test_labels_that_contradict_each_other_are_counted():
+    settled = settle_copies(COPIES, choose(labels="xyxxyy"), "allow")
+    assert settled.notes[1] == "2 sequences stand under more than one label"
 
 
 def test_keeping_reports_and_changes_nothing():
-    settled = settle_copies(COPIES, choose(groups="pqrrst"), "keep")
+    settled = settle_copies(COPIES, choose(groups="pqrrst"), "allow")
     assert settled.kept.tolist() == [0, 1, 2, 3, 4, 5]
     assert settled.groups == list("pqrrst")
     assert settled.table["status"].tolist() == ["kept"] * 3
     assert settled.notes == ["3 records are copies of others (kept)"]
 
 
-@pytest.mark.parametrize("policy", ["remove", "group", "keep"])
+@pytest.mark.parametrize("policy", ["error", "remove", "allow"])
 def test_without_copies_nothing_is_said(policy):
     settled = settle_copies([], choose(), policy)
     assert settled.kept.tolist() == [0, 1, 2, 3, 4, 5]

@@ -116,7 +116,7 @@ def mitochondria(genomes, tmp_path):
 def test_mitochondrial_genomes_become_whole_examples(mitochondria, tmp_path):
     fasta, labels = mitochondria
     store = ingest(fasta, tmp_path / "store")
-    match = match_labels(store, labels)
+    match = match_labels(store.ids, labels)
     assert len(store) == len(match.records) == 300
     assert match.unlabelled == ()
     assert len(match.unknown) == len(labels) - 300
@@ -128,7 +128,7 @@ def test_mitochondrial_genomes_become_whole_examples(mitochondria, tmp_path):
 def test_words_tell_vertebrate_classes_in_seconds(mitochondria, tmp_path):
     fasta, labels = mitochondria
     store = ingest(fasta, tmp_path / "store")
-    match = match_labels(store, labels)
+    match = match_labels(store.ids, labels)
     names = labels["label"].iloc[match.rows]
     targets = pd.factorize(names, sort=True)[0]
     order = np.random.default_rng(0).permutation(300)
@@ -158,7 +158,7 @@ def vertebrates(genomes):
 
 
 def test_the_vertebrate_task_is_read_as_it_comes(pool, vertebrates):
-    match = match_labels(pool, vertebrates)
+    match = match_labels(pool.ids, vertebrates)
     assert (len(pool), pool.counts.bases) == (7_461, 188_580_938)
     assert len(match.records) == len(vertebrates) == 4_322
     assert match.unknown == ()
@@ -176,7 +176,7 @@ def test_the_vertebrate_task_is_read_as_it_comes(pool, vertebrates):
 def test_copies_stand_in_the_pool_and_not_in_the_task(pool, vertebrates):
     everywhere = find_copies(pool, range(len(pool)))
     assert [len(places) for places in everywhere] == [2] * 36
-    assert find_copies(pool, match_labels(pool, vertebrates).records) == []
+    assert find_copies(pool, match_labels(pool.ids, vertebrates).records) == []
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_what_the_real_table_does_not_hold_is_named(genomes, where, words):
 
 
 def test_words_of_whole_genomes_reach_the_known_figure(pool, vertebrates):
-    match = match_labels(pool, vertebrates)
+    match = match_labels(pool.ids, vertebrates)
     rows = vertebrates.iloc[match.rows]
     targets = pd.factorize(rows["label"], sort=True)[0]
     ids = rows["id"].tolist()
