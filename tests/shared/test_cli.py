@@ -193,7 +193,10 @@ def test_a_pattern_can_be_written_out(
     ("arguments", "words"),
     [
         (["pattern=bigbrd"], "did you mean bigbird?\npattern is one of: bigbird, causal, dense"),
-        (["model=huge"], "unknown model 'huge'\nmodel is one of: abmil, base, clam_sb, gated_abmil"),
+        (
+            ["model=huge"],
+            "unknown model 'huge'\nmodel is one of: abmil, base, clam_sb, gated_abmil",
+        ),
         (["model=null"], "unknown model 'null'"),
         (["data=sequences"], "data is one of: slides, synthetic, synthetic_bag, synthetic_far"),
         (["experiment=x"], "experiment is one of: arrangement_bag, arrangement_far"),
@@ -237,7 +240,7 @@ def test_a_wrong_setting_is_one_clear_message(
 def test_an_unknown_verb_lists_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("genomics", GENOMICS, ["trian"]) == 2
 
-    assert "use train or predict; did you mean train?" in capsys.readouterr().err
+    assert f"use {' or '.join(GENOMICS)}; did you mean train?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -383,6 +386,17 @@ def test_help_shows_settings_choices_and_their_meaning(capsys: pytest.CaptureFix
     ):
         assert words in text
     assert "synthetic_far" not in text
+
+
+def test_a_root_takes_the_settings_of_those_it_includes() -> None:
+    own, train = read_root("pathology_crossval"), read_root("pathology_train")
+    split = {item.key for item in read_root("pathology_split").settings}
+
+    keys = {item.key: item for item in own.settings}
+
+    assert {item.key for item in train.settings} | split < set(keys)
+    assert keys["out"].default == "runs/pathology_crossval"
+    assert [group.name for group in own.groups] == [group.name for group in train.groups]
 
 
 def test_no_verb_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
