@@ -11,6 +11,7 @@ from Bio.GenBank.Scanner import GenBankScanner
 from Bio.Seq import UndefinedSequenceError
 from Bio.SeqRecord import SeqRecord
 
+from pipelines.genomics.opening import as_text
 from pipelines.shared.errors import InputError
 
 
@@ -31,16 +32,13 @@ def split_genbank(stream: io.BufferedReader, name: str) -> Iterator[GenBankRecor
 
     Raises InputError, naming the file, where the text ends within a record or cannot be parsed.
     """
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    records = GenBankScanner(debug=0).parse_records(text, do_features=False)
-    try:
+    with as_text(stream) as text:
+        records = GenBankScanner(debug=0).parse_records(text, do_features=False)
         for number in count(1):
             found = _next(records, name, number)
             if found is None:
                 return
             yield found
-    finally:
-        text.detach()  # whoever opened the stream closes it
 
 
 def _next(records: Iterator[SeqRecord], name: str, number: int) -> GenBankRecord | None:

@@ -41,12 +41,8 @@ class Source:
         if self.compression == "bgzf" and size is not None:
             self._check_bgzf_end()
         packed = self.compression != "none"
-        unpacked = igzip.IGzipFile(fileobj=raw, mode="rb") if packed else None
-        self.stream = (
-            raw
-            if unpacked is None
-            else io.BufferedReader(cast(io.RawIOBase, unpacked), _BUFFER_BYTES)
-        )
+        unpacked = igzip.IGzipFile(fileobj=raw, mode="rb") if packed else raw
+        self.stream = cast(io.BufferedReader, unpacked)
         with reading_errors(name, lambda: "at its start"):
             self.start = self.stream.peek(START_BYTES)[:START_BYTES]
             """The first unpacked bytes, not taken from the stream."""
@@ -91,6 +87,17 @@ def open_source(path: str | Path, *, wanted: str = "a file of sequences") -> Ite
     with handle:
         size = path.stat().st_size
         yield _checked(Source(str(path), cast(io.BufferedReader, handle), size=size), wanted)
+
+
+@contextmanager
+def as_text(stream: io.BufferedReader, *, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """Read a stream as UTF-8 text, and leave it to whom it belongs."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+    try:
+        yield text
+    finally:
+        if not text.closed:
+            text.detach()
 
 
 @contextmanager

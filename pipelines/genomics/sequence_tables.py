@@ -1,14 +1,13 @@
 """Tables with a sequence in each row: CSV, TSV, workbooks and Parquet, read row by row."""
 
 import csv
-import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
 from pipelines.genomics.formats import Format, delimiter_of, seekable
-from pipelines.genomics.opening import Source
+from pipelines.genomics.opening import Source, as_text
 from pipelines.shared.errors import InputError
 
 ROLES = ("id", "sequence", "label", "group", "split")
@@ -126,18 +125,17 @@ def _find_columns(name: str, header: list[str], columns: Columns) -> dict[str, i
 
 def _text_lines(source: Source) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(sys.maxsize)  # the default stops at 131,072 letters
-    text = io.TextIOWrapper(source.stream, encoding="utf-8-sig", newline="")
     start = source.start.decode("utf-8-sig", errors="replace").splitlines()
     header = next((line for line in start if line.strip()), "")
-    reader = csv.reader(text, delimiter=delimiter_of(header), skipinitialspace=True)
-    try:
-        for cells in reader:
-            if any(cells):
-                yield reader.line_num, [cell.strip() for cell in cells]
-    except csv.Error as error:
-        raise InputError(
-            f"{source.name}, row {reader.line_num}: no text table ({error})"
-        ) from error
+    with as_text(source.stream, newline="") as text:
+        reader = csv.reader(text, delimiter=delimiter_of(header), skipinitialspace=True)
+        try:
+            for cells in reader:
+                if any(cells):
+                    yield reader.line_num, [cell.strip() for cell in cells]
+        except csv.Error as error:
+            row = reader.line_num
+            raise InputError(f"{source.name}, row {row}: no text table ({error})") from error
 
 
 def _workbook_lines(source: Source) -> Iterator[tuple[int, list[str]]]:

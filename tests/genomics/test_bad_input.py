@@ -2,9 +2,10 @@
 
 A row is (name, input, arguments, exit code, words). The input is a function of the test's folder
 that returns the path it made, or the name of a real genome file. In the arguments `{input}` stands
-for its path, `{folder}` for the test's folder (`out={folder}/out` is added where no out= is given)
-and `{data}` for the folder of real genomes. The words must stand in what the command says, or in
-the failures.csv that it wrote; a command that fails says one message and no traceback.
+for its path, `{folder}` for the test's folder (`out={folder}/out` is added where no out= is given,
+`store=` for ingest) and `{data}` for the folder of real genomes (alone: they are needed). The words
+must stand in what the command says, or in the failures.csv that it wrote; a command that fails says
+one message and no traceback.
 """
 
 import runpy
@@ -18,32 +19,25 @@ from pipelines.genomics.__main__ import main
 Row = tuple[str, Callable[[Path], Path] | str, list[str], int, list[str]]
 
 
-def text(content: str | bytes, name: str = "bad.fa") -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        path = folder / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return make
-
-
-ROWS_B: list[Row] = []
-
-
 def rows_of(module: str, name: str) -> list[Row]:
     rows: list[Row] = runpy.run_path(str(Path(__file__).with_name(module)))[name]
     return rows
 
 
-ROWS = [*ROWS_B, *rows_of("bad_coordinates.py", "ROWS_C"), *rows_of("bad_splits.py", "ROWS_D")]
+def is_real(row: Row) -> bool:
+    return isinstance(row[1], str) or any("{data}" in argument for argument in row[2])
+
+
+ROWS = [
+    *rows_of("bad_sequences.py", "ROWS_B"),
+    *rows_of("bad_coordinates.py", "ROWS_C"),
+    *rows_of("bad_splits.py", "ROWS_D"),
+]
 
 
 @pytest.mark.parametrize(
     "row",
-    [
-        pytest.param(row, id=row[0], marks=[pytest.mark.real_data] * isinstance(row[1], str))
-        for row in ROWS
-    ],
+    [pytest.param(row, id=row[0], marks=[pytest.mark.real_data] * is_real(row)) for row in ROWS],
 )
 def test_bad_input_is_named(
     row: Row,
@@ -53,13 +47,15 @@ def test_bad_input_is_named(
 ) -> None:
     _, source, arguments, code, words = row
     places = {"folder": str(tmp_path)}
-    if isinstance(source, str) or any("{data}" in argument for argument in arguments):
+    if is_real(row):
         places["data"] = str(request.getfixturevalue("real_data") / "genomes")
     made = Path(places["data"]) / source if isinstance(source, str) else source(tmp_path)
     places["input"] = str(made)
-    given = [fill(argument, places) for argument in arguments]
-    if not any(argument.startswith("out=") for argument in given):
-        given.append(f"out={tmp_path / 'out'}")
+    given = [fill(argument, places) for argument in arguments if argument != "{data}"]
+    key = "store" if given[0] == "ingest" else "out"
+    if not any(argument.startswith(f"{key}=") for argument in given):
+        given.append(f"{key}={tmp_path / 'out'}")
+    capsys.readouterr()
 
     assert main(given) == code
 
@@ -80,4 +76,6 @@ def fill(text: str, places: dict[str, str]) -> str:
 
 def test_the_checklist_is_long_and_its_names_differ() -> None:
     names = [row[0] for row in ROWS]
-    assert len(set(names)) == len(names)
+    real = [row for row in ROWS if is_real(row)]
+    assert len(set(names)) == len(names) >= 60
+    assert len(real) >= 15
