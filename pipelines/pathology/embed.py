@@ -32,15 +32,24 @@ from pipelines.shared.errors import InputError
 from pipelines.shared.record import finish_run, open_run
 from pipelines.shared.tables import align, read_table, write_failures, write_table
 
-# what may change between two runs in one folder: thresholds choose among what is embedded
+# what may change between two runs in one folder: thresholds choose among what is embedded, and
+# encoders share its tiles
 VOLATILE = (
     "out", "slides", "root", "columns", "where", "tiles", "min_tissue", "leave_out", "max_flagged",
-    "read_with", "num_workers", "progress", "dry_run",
-    "encoder.device", "encoder.batch_size", "encoder.weights",
+    "read_with", "num_workers", "progress", "dry_run", "encoder",
 )  # fmt: skip
 
 _READING = "reading.csv"
-_COLUMNS = ("slide_id", "num_tiles", "num_reused", "num_damaged", "damage", "source", "why")
+_COLUMNS = (
+    "slide_id",
+    "encoder",
+    "num_tiles",
+    "num_reused",
+    "num_damaged",
+    "damage",
+    "source",
+    "why",
+)
 
 
 def embed(config: dict[str, Any]) -> int:
@@ -71,7 +80,7 @@ def embed(config: dict[str, Any]) -> int:
         new_thresholds=True,
         surveys=surveys,
     )
-    _write_reading(out / _READING, report.read)
+    _write_reading(out / _READING, encoder.name, report.read)
     write_failures(out / "failures.csv", report.failures, id_column="slide_id")
     write_index(store)
     return _finish(out, store, report, encoder)
@@ -146,15 +155,16 @@ def _record_folder(config: dict[str, Any]) -> Path:
     return out if total == 1 else out / f"worker_{number}_of_{total}"
 
 
-def _write_reading(path: Path, read: Iterable[SlideReport]) -> None:
+def _write_reading(path: Path, encoder: str, read: Iterable[SlideReport]) -> None:
     """Add slides to the table of how they were read; a slide read again replaces its row."""
     rows = {
-        slide.slide_id: {k: "" if v is None else str(v) for k, v in asdict(slide).items()}
+        (slide.slide_id, encoder): {"encoder": encoder}
+        | {key: "" if value is None else str(value) for key, value in asdict(slide).items()}
         for slide in read
     }
     if path.exists():
         earlier = read_table(path).to_dict("records") if path.stat().st_size else []
-        rows = {str(row["slide_id"]): row for row in earlier} | rows
+        rows = {(row["slide_id"], row["encoder"]): row for row in earlier} | rows
     if rows:
         write_table(path, pd.DataFrame(list(rows.values()), columns=list(_COLUMNS)))
 

@@ -51,7 +51,7 @@ def export_features(config: dict[str, Any]) -> int:
     store, out, dry = Path(config["features"]), Path(config["out"]), bool(config["dry_run"])
     if config["format"] == "trident":
         _import_h5py()
-    slide_ids = read_index(store)["slide_id"].tolist()
+    slide_ids, encoder = _choose_slides(store, config["encoder_name"], config["format"])
     targets = {name: out / f"{name}{ending}" for name in slide_ids}
     todo = [name for name in slide_ids if not _is_newer(targets[name], slide_folder(store, name))]
     if dry:
@@ -66,7 +66,7 @@ def export_features(config: dict[str, Any]) -> int:
         folder = slide_folder(store, name)
         try:
             check_content(folder)
-            write(targets[name], read_slide(folder))
+            write(targets[name], read_slide(folder, encoder))
         except InputError as error:
             remedy = "delete the stored slide and make it again"
             failures.append(Failure(name, str(folder), "damaged", str(error), remedy))
@@ -79,6 +79,21 @@ def export_features(config: dict[str, Any]) -> int:
     return 3 if failures else 0
 
 
+def _choose_slides(store: Path, encoder: str | None, wanted: str) -> tuple[list[str], str | None]:
+    """Ids of the slides to export, and of which encoder; GeoJSON holds no features."""
+    index = read_index(store)
+    if wanted == "geojson":
+        encoder = None
+    elif encoder is not None:
+        index = index[index["encoder"] == encoder]
+    elif index["slide_id"].duplicated().any():
+        names = ", ".join(sorted(index["encoder"].unique()))
+        raise InputError(f"{store} holds features of {names}: choose one by encoder_name=NAME")
+    if index.empty:
+        raise InputError(f"{store} holds no features of encoder_name={encoder}")
+    return index["slide_id"].unique().tolist(), encoder
+
+
 def write_trident(path: Path, slide: SlideFeatures) -> None:
     """Write `features` [N, E] and `coords` int64 [N, 2] as TRIDENT's `features_<encoder>/*.h5`.
 
@@ -86,13 +101,13 @@ def write_trident(path: Path, slide: SlideFeatures) -> None:
     name for (the exact stride, the grid) is added, so that `import` gives back the same slide.
     """
     h5py = _import_h5py()
-    order, noted = _source_order(slide), slide.attributes
+    order = _source_order(slide)
     features = slide.features()[order]
 
     def write(aside: Path) -> None:
         with h5py.File(aside, "w") as file:
             file.create_dataset("features", data=features)
-            file["features"].attrs["encoder"] = noted["encoder"]
+            file["features"].attrs["encoder"] = slide.encoder
             file["features"].attrs["name"] = slide.slide_id
             file.create_dataset("coords", data=slide.xy0[order])
             file.create_dataset("grid", data=slide.grid[order])
@@ -182,7 +197,11 @@ def _properties(number: int | None, title: str) -> str:
 def _trident_attributes(slide: SlideFeatures) -> dict[str, object]:
     """What TRIDENT notes of coordinates: its own words again, or ours in its words."""
     noted = slide.attributes
-    own = {key: noted.get(key) for key in OWN_KEYS} | {"tile0": slide.tile0}
+    own = {key: noted.get(key) for key in OWN_KEYS} | {
+        "tile0": slide.tile0,
+        "encoder": slide.encoder,
+        "encoder_fingerprint": slide.encoder_fingerprint,
+    }
     source = noted.get("source", {})
     kept = source.get("attributes", {}).get("coords", {}) if source else {}
     if source.get("format") == "trident" and kept:

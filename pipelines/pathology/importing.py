@@ -32,6 +32,7 @@ from pipelines.pathology.slides import (
 )
 from pipelines.pathology.store import (
     SCHEMA,
+    encoder_entry,
     is_current,
     read_provenance,
     slide_folder,
@@ -281,7 +282,9 @@ class _Importer:
             certain=self.given.stride is not None,
             snap=self.snap,
         )
-        known = {"mpp": mpp, "mpp_source": mpp_source, "provenance": provenance}
+        name = encoder_name(slide)
+        entry = encoder_entry(_fingerprint(slide), provenance, {"source": slide.format})
+        known = {"mpp": mpp, "mpp_source": mpp_source, "encoders": {name: entry}}
         if facts is not None:
             known["bounds"] = list(facts.bounds)
         attributes = {**_attributes(item, slide), **geometry, **known}
@@ -367,8 +370,12 @@ def encoder_name(slide: ForeignSlide) -> str:
     return "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in name).strip(".")
 
 
+def _fingerprint(slide: ForeignSlide) -> str:
+    known = f"imported:{encoder_name(slide)}:{slide.features.shape[1]}"
+    return str((slide.own or {}).get("encoder_fingerprint", known))
+
+
 def _attributes(item: Item, slide: ForeignSlide) -> dict[str, object]:
-    name, width = encoder_name(slide), slide.features.shape[1]
     own = slide.own or {}
     plan = json.dumps(slide.plan, sort_keys=True).encode()
     return {
@@ -379,8 +386,6 @@ def _attributes(item: Item, slide: ForeignSlide) -> dict[str, object]:
         "tile_px": slide.tile_px,
         "order": "hilbert",
         "num_tiles": len(slide.features),
-        "encoder": name,
-        "encoder_fingerprint": own.get("encoder_fingerprint", f"imported:{name}:{width}"),
         "source": {
             "format": slide.format,
             "files": [path.name for path in item.files.values()],
@@ -396,5 +401,5 @@ def _sentence(attributes: dict[str, Any]) -> str:
         f"{attributes['slide_id']}: {attributes['source']['format']}, "
         f"{attributes['num_tiles']:,} tiles of {attributes['tile0']:g} px ({um:.4g} um) every "
         f"{attributes['pitch0']:g} px, {attributes['mpp']:.4g} um/px ({attributes['mpp_source']}), "
-        f"encoder {attributes['encoder']}"
+        f"encoder {', '.join(attributes['encoders'])}"
     )

@@ -19,7 +19,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pipelines.pathology.data import SlideDataset
 from pipelines.pathology.model import SlideClassifier
 from pipelines.pathology.ordering import hilbert_order
-from pipelines.pathology.store import SCHEMA, Provenance, is_current, slide_folder, write_group
+from pipelines.pathology.store import (
+    SCHEMA,
+    Provenance,
+    encoder_entry,
+    is_current,
+    slide_folder,
+    write_group,
+)
 from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitReport, FitSettings, fit, require_device, seed_everything
 from pipelines.shared.objective import Classification
@@ -107,8 +114,7 @@ def make_bag(store: Path, num_tiles: int, *, num_features: int, seed: int) -> st
         "dimensions": [side, side],
         "mpp": _MPP,
         "pitch0": float(_TILE_PX),
-        "encoder": _ENCODER,
-        "provenance": asdict(provenance),
+        "encoders": {_ENCODER: encoder_entry(provenance.encoder_fingerprint, asdict(provenance))},
     }
     arrays = {
         "grid": grid.astype(np.int32),

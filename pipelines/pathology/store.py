@@ -11,9 +11,11 @@
       survey_row int64  [N]        row in the survey of all tiles that it was chosen from
       source_row int64  [N]        row in the file of another tool that it was imported from
 
-Rows stand in Hilbert order. Attributes tell where everything came from; `digest` is of the arrays
-alone, so that equal content has equal digests whenever and wherever it was written. Imported slides
-have source_row, and neither overview, mask nor survey_row.
+Rows stand in Hilbert order. Several encoders share a slide's tiles: the attribute `encoders` holds
+for each what its features were made from and how the tiles were read; features that are not named
+there were never finished. `digests` are of the arrays alone, and `digest` of them all, so that
+equal content has equal digests whenever and wherever it was written. Imported slides have
+source_row, and neither overview, mask nor survey_row.
 """
 
 import contextlib
@@ -40,10 +42,10 @@ from pipelines.shared.asides import aside_of, remove_leftovers
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import read_table, write_table
 
-SCHEMA = "gigasparse-slide/1"
+SCHEMA = "gigasparse-slide/2"
 INDEX_COLUMNS = (
     "slide_id", "num_tiles", "num_features", "encoder", "encoder_fingerprint", "plan_hash",
-    "mpp", "mpp_source", "digest",
+    "mpp", "mpp_source", "source", "num_damaged", "digest",
 )  # fmt: skip
 _ENDING = ".zarr"
 _INDEX = "index.csv"
@@ -68,9 +70,10 @@ class Provenance:
 class SlideFeatures:
     """One slide's tiles, rows in Hilbert order; what is large is read when it is asked for.
 
-    `grid` int32 [N, 2] (col, row), `xy0` int64 [N, 2], `tissue` float32 [N]; `num_features` is E;
-    `dimensions` (width, height) and the distance `pitch0` of neighbouring tiles in level-0 pixels,
-    `mpp` in micrometres per such pixel; `attributes` are the group's.
+    `grid` int32 [N, 2] (col, row), `xy0` int64 [N, 2], `tissue` float32 [N]; `encoder` is the name
+    of that whose features are read, None where none of several was chosen; `dimensions` (width,
+    height) and the distance `pitch0` of neighbouring tiles in level-0 pixels, `mpp` in micrometres
+    per such pixel; `attributes` are the group's.
     """
 
     slide_id: str
@@ -78,7 +81,7 @@ class SlideFeatures:
     grid: np.ndarray
     xy0: np.ndarray
     tissue: np.ndarray
-    num_features: int
+    encoder: str | None
     dimensions: tuple[int, int]
     mpp: float
     pitch0: float
@@ -100,9 +103,33 @@ class SlideFeatures:
     def features(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Read features [N, E], or rows `start` to `stop`, in the float type they are stored in.
 
-        4 GB for a million tiles of 1,024 in float32. Raises InputError where they are damaged.
+        4 GB for a million tiles of 1,024 in float32. Raises DamageError where they are damaged, and
+        InputError where it is open which encoder's are meant.
         """
-        return read_rows(self.folder / "features" / self.attributes["encoder"], start, stop)
+        return read_rows(self._features, start, stop)
+
+    @property
+    def num_features(self) -> int:
+        """The encoder's number of features, E; raises as `features` does."""
+        return read_shape(self._features)[1]
+
+    @property
+    def encoder_fingerprint(self) -> str | None:
+        """The fingerprint of the encoder's weights."""
+        return None if self.encoder is None else self._entries[self.encoder]["fingerprint"]
+
+    @property
+    def _features(self) -> Path:
+        if self.encoder is None:
+            raise InputError(
+                f"{self.folder} holds features of {', '.join(self._entries)}: say of which encoder"
+            )
+        return self.folder / "features" / self.encoder
+
+    @property
+    def _entries(self) -> dict[str, Any]:
+        entries: dict[str, Any] = self.attributes["encoders"]
+        return entries
 
     def source_rows(self) -> np.ndarray | None:
         """Read each tile's row [N] in the file it was imported from; None for slides of our own."""
@@ -133,19 +160,16 @@ def write_slide(
     plan: TilePlan,
     encoder: TileEncoder,
     provenance: Provenance,
+    reading: Mapping[str, object] | None = None,
 ) -> None:
     """Write a slide's group aside and move it into place: what is visible is complete.
 
-    Raises ValueError for features [N, E] that are not finite or not one row per tile.
+    `reading` says how its tiles were read. Raises ValueError for features [N, E] that are not
+    finite or not one row per tile.
     """
-    if features.shape != (len(tiles), encoder.dim):
-        raise ValueError(
-            f"features must be [{len(tiles)}, {encoder.dim}] for {slide_id!r}; got {features.shape}"
-        )
-    if not np.isfinite(features).all():
-        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-        raise ValueError(f"encoder {encoder.name!r} gave NaN or infinity in row {row}")
-    attributes = _attributes(slide_id, reader, tiles, plan, encoder, provenance)
+    _check_features(features, len(tiles), encoder)
+    entry = encoder_entry(encoder.fingerprint, asdict(provenance), reading)
+    attributes = _attributes(slide_id, reader, tiles, plan) | {"encoders": {encoder.name: entry}}
     arrays = {
         "grid": tiles.grid,
         "xy0": tiles.xy0,
@@ -159,12 +183,76 @@ def write_slide(
     write_group(folder, attributes, arrays)
 
 
+def add_features(
+    folder: Path,
+    features: np.ndarray,
+    *,
+    encoder: TileEncoder,
+    provenance: Provenance,
+    reading: Mapping[str, object] | None = None,
+) -> None:
+    """Add another encoder's features [N, E] of all stored tiles; raises as `write_slide` does.
+
+    They are written aside and renamed, then named in the attributes. Of two processes that add to
+    one slide at one moment the first may have to add again.
+    """
+    attributes = read_slide(folder).attributes
+    _check_features(features, attributes["num_tiles"], encoder)
+    features, name = _as_float(features), f"features/{encoder.name}"
+    target = folder / name
+    remove_leftovers(target.parent.iterdir())
+    aside = aside_of(target)
+    try:
+        zarr.create_array(aside, data=features, **_layout(features))
+        if target.exists():  # not named in the attributes: it was never finished
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    digests = {**attributes["digests"], name: _array_digest(features)}
+    entry = encoder_entry(encoder.fingerprint, asdict(provenance), reading)
+    metadata = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
+    metadata["attributes"] |= {
+        "encoders": {**attributes["encoders"], encoder.name: entry},
+        "digests": digests,
+        "digest": _joint_digest(digests),
+    }
+    aside = aside_of(folder / "zarr.json")
+    aside.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    os.replace(aside, folder / "zarr.json")
+
+
+def encoder_entry(
+    fingerprint: str,
+    provenance: Mapping[str, object],
+    reading: Mapping[str, object] | None = None,
+) -> dict[str, object]:
+    """What the attribute `encoders` holds of one: its weights, what it was given, how it was read.
+
+    `reading`: `source` (openslide or jpeg_tiles) and `why`, `num_damaged` tiles that could not be
+    read, and `damage`, what the first of them met.
+    """
+    return {"fingerprint": fingerprint, "provenance": dict(provenance), **(reading or {})}
+
+
+def _check_features(features: np.ndarray, num_tiles: int, encoder: TileEncoder) -> None:
+    if features.shape != (num_tiles, encoder.dim):
+        raise ValueError(
+            f"features must be [{num_tiles}, {encoder.dim}]; got {features.shape} of "
+            f"{encoder.name!r}"
+        )
+    if not np.isfinite(features).all():
+        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+        raise ValueError(f"encoder {encoder.name!r} gave NaN or infinity in row {row}")
+
+
 def write_group(
     folder: Path, attributes: Mapping[str, object], arrays: Mapping[str, np.ndarray]
 ) -> None:
     """Write arrays, uncompressed, and attributes aside and move them into place.
 
-    The attribute `digest` is added.
+    The attributes `digests` and `digest` are added.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"))
@@ -180,29 +268,38 @@ def write_group(
 def _write_arrays(
     folder: Path, attributes: Mapping[str, object], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    noted = {**attributes, "digest": content_digest(arrays)}
+    digests = {name: _array_digest(array) for name, array in sorted(arrays.items())}
+    noted = {**attributes, "digests": digests, "digest": _joint_digest(digests)}
     group = zarr.create_group(folder, zarr_format=3, attributes=noted)
     for name, array in arrays.items():
-        rows = len(array)
-        sharded = rows >= _ROWS_WITHOUT_SHARDS
-        group.create_array(
-            name,
-            data=array,
-            chunks=(max(1, min(_ROWS_PER_CHUNK, rows)), *array.shape[1:]),
-            shards=(_ROWS_PER_SHARD, *array.shape[1:]) if sharded else None,
-            compressors=None,
-            config={"write_empty_chunks": True},  # a missing file is then always damage
-        )
+        group.create_array(name, data=array, **_layout(array))
+
+
+def _layout(array: np.ndarray) -> dict[str, Any]:
+    rows = len(array)
+    sharded = rows >= _ROWS_WITHOUT_SHARDS
+    return {
+        "chunks": (max(1, min(_ROWS_PER_CHUNK, rows)), *array.shape[1:]),
+        "shards": (_ROWS_PER_SHARD, *array.shape[1:]) if sharded else None,
+        "compressors": None,
+        "config": {"write_empty_chunks": True},  # a missing file is then always damage
+    }
 
 
 def content_digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Digest of arrays: names, types, shapes and values, and nothing of when or where."""
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        digest.update(f"{name}:{plain.dtype.str}:{plain.shape}".encode())
-        digest.update(plain.reshape(-1).view(np.uint8).data)
+    return _joint_digest({name: _array_digest(array) for name, array in arrays.items()})
+
+
+def _array_digest(array: np.ndarray) -> str:
+    plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    digest = hashlib.sha256(f"{plain.dtype.str}:{plain.shape}".encode())
+    digest.update(plain.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _joint_digest(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
 
 
 def check_content(folder: Path) -> None:
@@ -210,32 +307,31 @@ def check_content(folder: Path) -> None:
 
     Raises InputError where they differ, a chunk is missing, or there is no complete group.
     """
-    noted = read_slide(folder).attributes.get("digest")
-    arrays = {
-        path.parent.relative_to(folder).as_posix(): read_rows(path.parent)
-        for path in sorted(folder.rglob("zarr.json"))
-        if json.loads(path.read_text(encoding="utf-8"))["node_type"] == "array"
-    }
-    if noted is not None and content_digest(arrays) != noted:
-        raise DamageError(
-            f"{folder}: its content is not what was written (digest {noted[:12]}...); the stored "
-            "slide is damaged: delete this folder and make it again"
-        )
+    for name, noted in read_slide(folder).attributes["digests"].items():
+        if _array_digest(read_rows(folder / name)) != noted:
+            raise DamageError(
+                f"{folder / name} is not what was written (digest {noted[:12]}...); the stored "
+                f"slide is damaged: delete {folder} and make it again"
+            )
 
 
-def read_slide(folder: Path) -> SlideFeatures:
-    """Read a slide's tiles. Raises InputError where there is no complete group."""
+def read_slide(folder: Path, encoder: str | None = None) -> SlideFeatures:
+    """Read a slide's tiles, and which encoder's features go with them: the only one's, or one's.
+
+    `encoder` is its name or its fingerprint. Raises InputError where there is no complete group,
+    and where that encoder is not in it.
+    """
     attributes = _read_attributes(folder)
     if attributes is None:
         raise InputError(f"no stored slide features at {folder}; extract them first")
-    features = folder / "features" / attributes["encoder"]
+    _check_schema(folder, attributes)
     return SlideFeatures(
         slide_id=attributes["slide_id"],
         folder=folder,
         grid=read_rows(folder / "grid"),
         xy0=read_rows(folder / "xy0"),
         tissue=read_rows(folder / "tissue"),
-        num_features=read_shape(features)[1],
+        encoder=_choose_encoder(folder, attributes["encoders"], encoder),
         dimensions=(attributes["dimensions"][0], attributes["dimensions"][1]),
         mpp=attributes["mpp"],
         pitch0=attributes["pitch0"],
@@ -243,17 +339,51 @@ def read_slide(folder: Path) -> SlideFeatures:
     )
 
 
+def _check_schema(folder: Path, attributes: Mapping[str, Any]) -> None:
+    if attributes.get("schema") != SCHEMA:
+        raise InputError(
+            f"{folder} is of another version of the store ({attributes.get('schema')}, here "
+            f"{SCHEMA}); delete it and make it again"
+        )
+
+
+def _choose_encoder(folder: Path, entries: Mapping[str, Any], wanted: str | None) -> str | None:
+    fitting = [n for n, entry in entries.items() if wanted in (None, n, entry["fingerprint"])]
+    if not fitting:
+        raise InputError(
+            f"{folder} holds features of {', '.join(entries)}, none of encoder {wanted}; embed its "
+            "slide with that one, too"
+        )
+    return fitting[0] if len(fitting) == 1 else None
+
+
 def is_current(folder: Path, expected: Provenance | Mapping[str, object]) -> bool:
-    """Tell whether a complete group with this very provenance stands at `folder`."""
-    attributes = _read_attributes(folder)
+    """Tell whether features with this very provenance stand in a complete group at `folder`."""
     wanted = asdict(expected) if isinstance(expected, Provenance) else dict(expected)
-    return attributes is not None and attributes.get("provenance") == wanted
+    return wanted in read_provenances(folder).values()
 
 
-def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """Say what a slide's features were made from; None where there are none."""
+def read_provenances(folder: Path) -> dict[str, dict[str, Any]]:
+    """Say what a slide's features were made from, by encoder; none where there are none.
+
+    Raises InputError for a group of another version of the store.
+    """
     attributes = _read_attributes(folder)
-    return None if attributes is None else attributes.get("provenance")
+    if attributes is None:
+        return {}
+    _check_schema(folder, attributes)
+    return {name: entry["provenance"] for name, entry in attributes["encoders"].items()}
+
+
+def read_provenance(folder: Path, encoder: str | None = None) -> dict[str, Any] | None:
+    """Say what an encoder's features were made from; None where there are none of it.
+
+    `encoder` is its fingerprint; it may be left out where there is one alone.
+    """
+    held = list(read_provenances(folder).values())
+    if encoder is not None:
+        held = [entry for entry in held if entry.get("encoder_fingerprint") == encoder]
+    return held[0] if len(held) == 1 else None
 
 
 def list_slides(store: Path) -> list[str]:
@@ -262,9 +392,14 @@ def list_slides(store: Path) -> list[str]:
 
 
 def write_index(store: Path) -> pd.DataFrame:
-    """Write `index.csv` from the groups' attributes and return it, as strings, by slide id."""
+    """Write `index.csv`, a row for each slide and encoder, and return it, as strings."""
     found = ((name, _read_attributes(slide_folder(store, name))) for name in list_slides(store))
-    rows = [_index_row(store, name, attributes) for name, attributes in found if attributes]
+    rows = [
+        _index_row(store, slide_id, encoder, attributes)
+        for slide_id, attributes in found
+        if attributes and attributes.get("schema") == SCHEMA
+        for encoder in attributes["encoders"]
+    ]
     table = pd.DataFrame(rows, columns=list(INDEX_COLUMNS), dtype=str)
     if rows and os.access(store, os.W_OK):  # of a store that is only read it stays in memory
         write_table(store / _INDEX, table)
@@ -280,7 +415,7 @@ def read_index(store: Path) -> pd.DataFrame:
         raise InputError(f"feature folder {store} does not exist; check features=FOLDER")
     path = store / _INDEX
     table = read_table(path) if path.is_file() and _is_fresh(path, store) else None
-    if table is None or table["slide_id"].tolist() != list_slides(store):
+    if table is None or table["slide_id"].unique().tolist() != list_slides(store):
         table = write_index(store)
     if table.empty:
         raise InputError(
@@ -304,11 +439,20 @@ def _walk(store: Path) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
-def _index_row(store: Path, slide_id: str, attributes: Mapping[str, Any]) -> list[str]:
-    array = slide_folder(store, slide_id) / "features" / attributes["encoder"]
+def _index_row(
+    store: Path, slide_id: str, encoder: str, attributes: Mapping[str, Any]
+) -> list[str]:
+    array = slide_folder(store, slide_id) / "features" / encoder
     num_tiles, num_features = read_shape(array)
-    known = {**attributes.get("provenance", {}), **attributes, "slide_id": slide_id}
-    known |= {"num_tiles": num_tiles, "num_features": num_features}
+    entry = attributes["encoders"][encoder]
+    known = {**attributes, **{k: v for k, v in entry.items() if k != "provenance"}}
+    known |= {
+        "slide_id": slide_id,
+        "num_tiles": num_tiles,
+        "num_features": num_features,
+        "encoder": encoder,
+        "encoder_fingerprint": entry["fingerprint"],
+    }
     return [str(known.get(column, "")) for column in INDEX_COLUMNS]
 
 
@@ -322,8 +466,6 @@ def _attributes(
     reader: SlideReader,
     tiles: Tiles,
     plan: TilePlan,
-    encoder: TileEncoder,
-    provenance: Provenance,
 ) -> dict[str, object]:
     return {
         "schema": SCHEMA,
@@ -343,11 +485,8 @@ def _attributes(
         "pitch0": tiles.pitch0,
         "order": "hilbert",
         "num_tiles": len(tiles),
-        "encoder": encoder.name,
-        "encoder_fingerprint": encoder.fingerprint,
         "tissue_threshold": tiles.mask.threshold,
         "tissue_threshold_source": tiles.mask.threshold_source,
-        "provenance": asdict(provenance),
     }
 
 

@@ -28,14 +28,28 @@ class FeatureSource:
     metadata: dict[str, object]
 
 
-def find_source(store: Path, slide_ids: Iterable[str]) -> FeatureSource:
+def find_source(store: Path, slide_ids: Iterable[str], encoder: str | None = None) -> FeatureSource:
     """Say what a store's features of these slides are.
 
-    Raises InputError where they are not all of one encoder and one way to cut tiles.
+    `encoder` names one where slides have features of several. Raises InputError where it is open
+    which are meant, a slide has none of it, or not all are of one way to cut tiles.
     """
     wanted = set(slide_ids)
     index = read_index(store)
     rows = index[index["slide_id"].isin(wanted)]
+    if encoder is not None:
+        rows = rows[rows["encoder"] == encoder]
+        missing = sorted(wanted - set(rows["slide_id"]))
+        if missing:
+            raise InputError(
+                f"{store} holds no features of encoder {encoder} of {missing[0]!r} "
+                f"({len(missing):,} slides in all); it has {_names(index)}"
+            )
+    elif rows["slide_id"].duplicated().any():
+        raise InputError(
+            f"{store} holds features of several encoders ({_names(rows)}); choose one by "
+            "stored_encoder=NAME"
+        )
     first = rows.iloc[0]
     for column, title in (
         ("encoder_fingerprint", "of another encoder"),
@@ -63,20 +77,25 @@ def match_stored(store: Path, metadata: dict[str, object]) -> tuple[list[str], l
     """List the slides of a store that fit a model's metadata, and those that do not."""
     fitting, failures = [], []
     keys = ["encoder_fingerprint", "plan_hash"]
-    for _, row in read_index(store).iterrows():
-        if row[keys].tolist() == [metadata[key] for key in keys]:
-            fitting.append(row["slide_id"])
+    for slide_id, rows in read_index(store).groupby("slide_id"):
+        if [metadata[key] for key in keys] in rows[keys].to_numpy().tolist():
+            fitting.append(str(slide_id))
             continue
-        reason = f"features of {_of(row)}, the model knows {_known(metadata)}"
+        held = " and of ".join(_of(row) for _, row in rows.iterrows())
+        reason = f"features of {held}, the model knows {_known(metadata)}"
         remedy = "make or import them with the encoder and tiles that the model was trained on"
-        folder = str(slide_folder(store, row["slide_id"]))
-        failures.append(Failure(row["slide_id"], folder, "other_features", reason, remedy))
+        folder = str(slide_folder(store, str(slide_id)))
+        failures.append(Failure(str(slide_id), folder, "other_features", reason, remedy))
     return fitting, failures
 
 
 def have_overviews(store: Path, slide_ids: Iterable[str]) -> bool:
     """Tell whether all slides have a picture and a tissue mask; imported ones have none."""
     return all(read_slide(slide_folder(store, name)).has_overview for name in slide_ids)
+
+
+def _names(index: pd.DataFrame) -> str:
+    return ", ".join(sorted(index["encoder"].unique()))
 
 
 def _of(row: "pd.Series[str]") -> str:

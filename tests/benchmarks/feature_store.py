@@ -21,7 +21,13 @@ import numpy as np
 
 from pipelines.pathology.exporting import write_geojson
 from pipelines.pathology.scale import draw_tissue
-from pipelines.pathology.store import read_slide, slide_folder, write_group
+from pipelines.pathology.store import (
+    SCHEMA,
+    encoder_entry,
+    read_slide,
+    slide_folder,
+    write_group,
+)
 
 WINDOW = 1_024
 ROUNDS = 7
@@ -67,7 +73,8 @@ def _measure(scratch: Path, num_tiles: int, num_features: int) -> int:
 def _write_store(group: Path, features: np.ndarray) -> None:
     grid = draw_tissue(len(features))
     attributes = {
-        "slide_id": "slide", "dimensions": [1, 1], "mpp": 0.5, "pitch0": 256.0, "encoder": "normal",
+        "schema": SCHEMA, "slide_id": "slide", "dimensions": [1, 1], "mpp": 0.5, "pitch0": 256.0,
+        "encoders": {"normal": encoder_entry("normal", {})},
     }  # fmt: skip
     arrays = {
         "grid": grid.astype(np.int32),

@@ -95,7 +95,7 @@ def test_looser_thresholds_add_tiles_and_other_tiles_are_refused(embed, tmp_path
     for change, words in (
         ("mpp=1.0", "mpp 0.5 -> 1.0"),
         ("tile_px=128", "tile_px 64 -> 128"),
-        ("encoder=stats_grey", "not of stats_grey"),
+        ("encoder=stats_grey", "of encoder stats, of tiles cut otherwise"),
     ):
         assert embed(features, change, out=f"other_{change[:3]}") == 2
         assert words in capsys.readouterr().err
@@ -108,6 +108,13 @@ def test_several_encoders_on_one_plan(embed, tmp_path):
     assert one["plan_hash"].tolist() == two["plan_hash"].tolist()
     assert one["num_tiles"].tolist() == two["num_tiles"].tolist()
     assert one["encoder"].tolist() != two["encoder"].tolist()
+    shared = tmp_path / "shared"
+    assert embed("--multirun", "encoder=stats,stats_grey", f"features={shared}", out="both") == 0
+    both = read_index(shared)
+    assert sorted(both["encoder"].unique()) == ["stats", "stats_grey"]
+    assert len(both) == len(one) + len(two)
+    assert embed("encoder=stats_grey", f"features={shared}", out="again") == 0
+    assert read_index(shared).equals(both)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ import shutil
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from pipelines.pathology.encoding import StatsEncoder
 from pipelines.pathology.features import extract_features
 from pipelines.pathology.slides import find_slides
-from pipelines.pathology.store import read_slide, slide_folder
+from pipelines.pathology.store import check_content, read_index, read_slide, slide_folder
 from pipelines.pathology.tiling import TilePlan
 from pipelines.shared.errors import InputError
 
@@ -95,8 +96,8 @@ def test_features_of_another_encoder_or_plan_are_refused(tissue_slide, tmp_path)
     other = Spy()
     other.fingerprint = "spy-2"
     cases = [
-        ((other, PLAN), "encoder spy .fingerprint spy-1., not of spy .fingerprint spy-2."),
-        ((StatsEncoder(), PLAN), "encoder spy .* not of stats"),
+        ((other, PLAN), "encoder spy .fingerprint spy-1., not of encoder spy .fingerprint spy-2."),
+        ((StatsEncoder(), TilePlan(128)), "of encoder spy, of tiles cut .* tile_px 64 -> 128"),
         ((Spy(), TilePlan(128)), "tile_px 64 -> 128"),
         ((Spy(), TilePlan(64, mpp=1.0)), "mpp 0.5 -> 1.0"),
         ((Spy(), TilePlan(64, min_tissue=0.1)), "min_tissue 0.5 -> 0.1"),
@@ -107,6 +108,80 @@ def test_features_of_another_encoder_or_plan_are_refused(tissue_slide, tmp_path)
     with pytest.raises(InputError, match="tile_px"):
         extract(slides, store, Spy(), TilePlan(128), new_thresholds=True)
     assert store_bytes(store) == before
+
+
+def test_encoders_share_the_tiles_of_a_slide(tissue_slide, tmp_path):
+    slides, encoders = tissue_slide.parent, [Spy(), StatsEncoder(), StatsEncoder(grey=True)]
+    store = tmp_path / "store"
+    for number, encoder in enumerate(encoders):
+        before = store_bytes(store / "tissue.zarr")
+        assert extract(slides, store, encoder).num_reused == 0
+        after = store_bytes(store / "tissue.zarr")
+        assert [p for p in before if after[p] != before[p]] == [store / "tissue.zarr/zarr.json"] * (
+            number > 0
+        )
+        assert extract(slides, store, encoders[0]).num_reused == 1
+    check_content(store / "tissue.zarr")
+    other = tmp_path / "other"
+    for encoder in encoders[::-1]:
+        extract(slides, other, encoder)
+    one, two = (read_slide(slide_folder(s, "tissue")).attributes for s in (store, other))
+    assert one["digest"] == two["digest"]
+    assert list(one["encoders"]) == ["spy", "stats", "stats_grey"]
+    alone = tmp_path / "alone"
+    extract(slides, alone, StatsEncoder())
+    expected = read_slide(slide_folder(alone, "tissue"))
+    for named in ("stats", StatsEncoder().fingerprint):
+        found = read_slide(slide_folder(store, "tissue"), named)
+        assert (found.encoder, found.num_features) == ("stats", expected.num_features)
+        assert np.array_equal(found.features(), expected.features())
+    with pytest.raises(InputError, match="spy, stats, stats_grey: say of which encoder"):
+        read_slide(slide_folder(store, "tissue")).features()
+    with pytest.raises(InputError, match="none of encoder uni"):
+        read_slide(slide_folder(store, "tissue"), "uni")
+    index = read_index(store)
+    assert index[["slide_id", "encoder"]].to_numpy().tolist() == [
+        ["tissue", name] for name in ("spy", "stats", "stats_grey")
+    ]
+
+
+def test_tiles_that_several_encoders_share_are_not_changed_for_one(tissue_slide, tmp_path):
+    slides, store = tissue_slide.parent, tmp_path / "store"
+    extract(slides, store, Spy())
+    extract(slides, store, StatsEncoder())
+    looser = TilePlan(64, min_tissue=0.1)
+    for encoder in (Spy(), StatsEncoder(grey=True)):
+        with pytest.raises(InputError, match=r"encoder spy and stats, .*min_tissue 0.5 -> 0.1"):
+            extract(slides, store, encoder, looser, new_thresholds=True)
+    image = np.asarray(Image.open(tissue_slide)).copy()
+    image[:8] = 0
+    tifffile.imwrite(tissue_slide, image, tile=(64, 64), photometric="rgb",
+                     resolution=(20_000, 20_000), resolutionunit="CENTIMETER")  # fmt: skip
+    with pytest.raises(InputError, match="an earlier file or another mpp"):
+        extract(slides, store, StatsEncoder())
+
+
+def test_an_encoder_whose_adding_was_interrupted_is_added_again(tissue_slide, tmp_path):
+    slides, store = tissue_slide.parent, tmp_path / "store"
+    extract(slides, store, Spy())
+    unfinished = store / "tissue.zarr" / "features" / "stats"
+    shutil.copytree(store / "tissue.zarr" / "features" / "spy", unfinished)
+    check_content(store / "tissue.zarr")
+    assert extract(slides, store, StatsEncoder()).num_reused == 0
+    check_content(store / "tissue.zarr")
+    assert read_slide(store / "tissue.zarr", "stats").num_features == StatsEncoder().dim
+
+
+def test_damaged_features_are_one_failure_among_others(tissue_slide, tmp_path):
+    slides, store = tissue_slide.parent, tmp_path / "store"
+    shutil.copy(tissue_slide, slides / "other.tiff")
+    extract(slides, store, Spy())
+    chunk = store / "tissue.zarr" / "features" / "spy" / "c" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-4])
+    looser = TilePlan(64, min_tissue=0.01)
+    report = extract(slides, store, Spy(), looser, new_thresholds=True)
+    assert report.done == ["other"]
+    assert [failure.status for failure in report.failures] == ["damaged"]
 
 
 def store_bytes(store):

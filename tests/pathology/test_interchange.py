@@ -16,19 +16,25 @@ from hypothesis import strategies as st
 
 from pipelines.pathology import store as store_module
 from pipelines.pathology.__main__ import VERBS
+from pipelines.pathology.encoding import StatsEncoder
 from pipelines.pathology.exporting import write_geojson, write_trident
+from pipelines.pathology.features import extract_features
 from pipelines.pathology.foreign import ForeignError, Given, Item, read_foreign
 from pipelines.pathology.importing import place_tiles
 from pipelines.pathology.lattice import fit_lattice
 from pipelines.pathology.ordering import hilbert_order
 from pipelines.pathology.scale import make_bag
+from pipelines.pathology.slides import SlideFile
 from pipelines.pathology.store import (
+    SCHEMA,
     check_content,
+    encoder_entry,
     list_slides,
     read_slide,
     slide_folder,
     write_group,
 )
+from pipelines.pathology.tiling import TilePlan
 from pipelines.shared.cli import main
 
 DIM = 6
@@ -176,7 +182,7 @@ def test_trident_is_read_by_its_attributes(tmp_path, capsys):
     assert_stored(slide, grid, grid * 512, features)
     noted = slide.attributes
     assert (slide.mpp, noted["mpp_source"], slide.pitch0, slide.tile0) == (MPP, "table", 512, 512)
-    assert (slide.dimensions, noted["encoder"]) == ((20_000, 15_000), "uni_v1")
+    assert (slide.dimensions, slide.encoder) == ((20_000, 15_000), "uni_v1")
     assert noted["source"]["attributes"]["coords"]["savetodir"] is None
     assert "1 slides" in capsys.readouterr().out
     index = pd.read_csv(out / "features" / "index.csv")
@@ -215,7 +221,7 @@ def test_clam_takes_tile_size_from_patches(tmp_path, only):
     assert_stored(slide, grid, grid * 1024 + [17, 33], features)
     assert slide.tile0 == pytest.approx(1024.0256)
     assert slide.pitch0 == 1024
-    assert slide.attributes["encoder"] == "resnet50_trunc"
+    assert slide.encoder == "resnet50_trunc"
     assert slide.attributes["source"]["encoder"] == "resnet50/trunc"
 
 
@@ -298,7 +304,7 @@ def test_slide2vec_brings_its_own_mpp_and_tissue(tmp_path, ending):
     assert (slide.mpp, slide.tile0, slide.pitch0) == (0.2525, 444, 222)
     expected = np.linspace(0, 1, len(grid), dtype=np.float32)[slide.source_rows()]
     assert np.array_equal(slide.tissue, expected)
-    assert slide.attributes["encoder"] == "prost40m"
+    assert slide.encoder == "prost40m"
 
 
 def test_slides_say_their_mpp_and_size(tissue_slide, tmp_path):
@@ -509,7 +515,8 @@ def test_trident_import_export_import_is_bit_exact(tmp_path, dtype):
     assert run("import", f"source={tmp_path / 'again'}", f"out={two}") == 0
     stores = [read_slide(slide_folder(out / "features", "a")) for out in (one, two)]
     assert stores[0].attributes["digest"] == stores[1].attributes["digest"]
-    for key in ("mpp", "mpp_source", "plan_hash", "encoder_fingerprint", "pitch0", "dimensions"):
+    assert stores[0].encoder_fingerprint == stores[1].encoder_fingerprint
+    for key in ("mpp", "mpp_source", "plan_hash", "pitch0", "dimensions"):
         assert stores[0].attributes[key] == stores[1].attributes[key]
 
 
@@ -538,6 +545,28 @@ def test_tensors_are_plain_and_in_the_order_of_their_source(tmp_path):
     coords = torch.load(tmp_path / "pt" / "coords" / "a.pt", weights_only=True)
     assert tensor.numpy().tobytes() == features.tobytes()
     assert np.array_equal(coords.numpy(), grid * 1024)
+
+
+def test_of_several_encoders_one_is_exported(tmp_path, tissue_slide, capsys):
+    for grey in (False, True):
+        extract_features(
+            [SlideFile("a", tissue_slide)],
+            store=tmp_path / "store",
+            plan=TilePlan(64),
+            encoder=StatsEncoder(grey=grey),
+            workers=1,
+            progress=False,
+        )
+    given = ["export", f"features={tmp_path / 'store'}", "format=pt", f"out={tmp_path / 'pt'}"]
+    assert run(*given) == 2
+    assert "features of stats, stats_grey: choose one by encoder_name=" in capsys.readouterr().err
+    assert run(*given, "encoder_name=uni") == 2
+    assert run(*given, "encoder_name=stats_grey") == 0
+    found = torch.load(tmp_path / "pt" / "a.pt", weights_only=True)
+    slide = read_slide(slide_folder(tmp_path / "store", "a"), "stats_grey")
+    assert found.numpy().tobytes() == slide.features().tobytes()
+    geojson = [*given[:2], "format=geojson", f"out={tmp_path / 'qupath'}"]
+    assert run(*geojson) == 0
 
 
 def test_export_goes_on_and_lists_the_damaged(tmp_path, capsys):
@@ -610,9 +639,9 @@ def test_any_stored_slide_comes_back_from_trident(num, pitch, origin, overlap, m
     grid = grid[hilbert_order(grid)]
     features = np.random.default_rng(seed).standard_normal((num, 3)).astype(dtype)
     attributes = {
-        "slide_id": "a", "dimensions": [99_999, 88_888], "mpp": mpp, "mpp_source": "x",
-        "pitch0": pitch * overlap, "tile0": pitch, "tile_px": None, "plan": {"any": [1, None]},
-        "plan_hash": "p", "encoder": "e", "encoder_fingerprint": "f",
+        "schema": SCHEMA, "slide_id": "a", "dimensions": [99_999, 88_888], "mpp": mpp,
+        "mpp_source": "x", "pitch0": pitch * overlap, "tile0": pitch, "tile_px": None,
+        "plan": {"any": [1, None]}, "plan_hash": "p", "encoders": {"e": encoder_entry("f", {})},
     }  # fmt: skip
     arrays = {
         "grid": grid.astype(np.int32),
