@@ -356,7 +356,7 @@ CONSTANTS = (
 """Fields that are no tensors."""
 
 
-def _register(cls: type) -> None:
+def register_pytree(cls: type) -> None:
     """Make a dataclass of tensors, nested values and constants a pytree."""
     children = [f.name for f in fields(cls) if f.name not in CONSTANTS]
     constants = [f.name for f in fields(cls) if f.name not in children]
@@ -384,4 +384,4 @@ def _register(cls: type) -> None:
 
 
 for _cls in (Blocks, Lists, Part, Launch, Agenda, Schedule, BlockLayout):
-    _register(_cls)
+    register_pytree(_cls)

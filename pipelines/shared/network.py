@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pipelines.shared.batch import PackedBatch
 from pipelines.shared.errors import InputError
-from sparse_core.layout import BlockLayout
 from sparse_core.nn import SparseEncoder
+from sparse_core.nn.attention import AnyLayout
 from sparse_core.ops import Backend
 from sparse_core.patterns import GlobalTokens, Pattern
 
@@ -128,11 +128,11 @@ class SequenceClassifier(nn.Module):
             self.head(pooled), self._by_input(attention, batch), pooled, contributions
         )
 
-    def build_layouts(self, batch: PackedBatch) -> tuple[BlockLayout, ...]:
+    def build_layouts(self, batch: PackedBatch) -> tuple[AnyLayout, ...]:
         """Build the layouts of a batch, registers included; none if no layer attends."""
         return self._layouts(self._tokens(batch))
 
-    def _layouts(self, tokens: PackedBatch) -> tuple[BlockLayout, ...]:
+    def _layouts(self, tokens: PackedBatch) -> tuple[AnyLayout, ...]:
         if not self.encoder.patterns:
             return ()
         lengths = tokens.lengths.to(tokens.coords.device)

@@ -1,18 +1,26 @@
 """Self-attention over a layout."""
 
+from typing import Literal
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse_core.layout import BlockLayout
 from sparse_core.nn.rotary import Rotation, rotate
 from sparse_core.ops import Backend, sparse_attention
+from sparse_core.pooling import PooledLayout, pooled_attention
+
+AnyLayout = BlockLayout | PooledLayout
+Pooling = Literal["mean", "learned"]
 
 
 class SparseSelfAttention(nn.Module):
     """Project to queries, keys and values, attend over a layout, project back.
 
     `num_kv_heads` key heads are shared by equal groups of query heads (Ainslie et al. 2023). The
-    layout says who sees whom; the module holds no pattern of its own.
+    layout says who sees whom; the module holds no pattern of its own. In a pooled layout, cells are
+    means of their tokens, or, with `pooling="learned"`, averages by a softmax of learned scores.
     """
 
     def __init__(
@@ -22,6 +30,7 @@ class SparseSelfAttention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         bias: bool = True,
+        pooling: Pooling = "mean",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -35,9 +44,12 @@ class SparseSelfAttention(nn.Module):
         self.backend: Backend = backend
         self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
+        self.pool_by: nn.Parameter | None = None
+        if pooling == "learned":
+            self.pool_by = nn.Parameter(torch.zeros(num_kv_heads, self.head_dim))
 
     def forward(
-        self, x: Float[Tensor, "B T E"], layout: BlockLayout, rotation: Rotation | None = None
+        self, x: Float[Tensor, "B T E"], layout: AnyLayout, rotation: Rotation | None = None
     ) -> Float[Tensor, "B T E"]:
         """Mix each token with those that the layout lets it see."""
         return self.join(self.attend(*self.project(x, rotation), layout))
@@ -53,8 +65,14 @@ class SparseSelfAttention(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: AnyLayout) -> Tensor:
         """Mix the values, [B, T, H, D]."""
+        mixed: Tensor | tuple[Tensor, Tensor]
+        if isinstance(layout, PooledLayout):
+            scores = None if self.pool_by is None else (k * self.pool_by).sum(-1)
+            mixed = pooled_attention(q, k, v, layout, scores=scores, backend=self.backend)
+            assert isinstance(mixed, Tensor)
+            return mixed
         mixed = sparse_attention(q, k, v, layout, backend=self.backend)
         assert isinstance(mixed, Tensor)
         return mixed

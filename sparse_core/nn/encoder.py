@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_core.building import build_layout
-from sparse_core.layout import BlockLayout
-from sparse_core.nn.attention import SparseSelfAttention
+from sparse_core.nn.attention import AnyLayout, Pooling, SparseSelfAttention
 from sparse_core.nn.rotary import RotaryEmbedding, Rotation
 from sparse_core.ops import Backend
 from sparse_core.patterns import Pattern
+from sparse_core.pooling import build_pooled_layout, is_pooled
 
 
 class SparseEncoder(nn.Module):
@@ -28,7 +28,7 @@ class SparseEncoder(nn.Module):
     none if 0). `checkpointing` recomputes each layer in backward, so that memory holds one layer's
     activations and the layers' inputs. `compiled` runs what surrounds attention through
     torch.compile, once for all layers and lengths: norms, products, rotation and residuals in few
-    kernels.
+    kernels. `pooling` says what stands for cells where a pattern pools keys.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class SparseEncoder(nn.Module):
         rotary_base: float = 10_000.0,
         checkpointing: bool = False,
         compiled: bool = False,
+        pooling: Pooling = "mean",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class SparseEncoder(nn.Module):
                 None
                 if p is None
                 else SparseSelfAttention(
-                    dim, num_heads, num_kv_heads=num_kv_heads, backend=backend
+                    dim, num_heads, num_kv_heads=num_kv_heads, pooling=pooling, backend=backend
                 ),
                 mlp_ratio=mlp_ratio,
                 dropout=dropout,
@@ -83,18 +84,20 @@ class SparseEncoder(nn.Module):
         coords: Int[Tensor, "T P"] | int,
         *,
         segments: Int[Tensor, "S"] | list[int] | None = None,
-    ) -> tuple[BlockLayout, ...]:
+    ) -> tuple[AnyLayout, ...]:
         """Build the layout of each distinct pattern; see `build_layout` for the arguments."""
         device = next(self.parameters()).device
         return tuple(
-            build_layout(
+            build_pooled_layout(pattern, coords, segments=segments, device=device)
+            if is_pooled(pattern)
+            else build_layout(
                 pattern, coords, segments=segments, num_kv_heads=self.num_kv_heads, device=device
             )
             for pattern in self.patterns
         )
 
     def forward(
-        self, x: Float[Tensor, "B T E"], layouts: tuple[BlockLayout, ...]
+        self, x: Float[Tensor, "B T E"], layouts: tuple[AnyLayout, ...]
     ) -> Float[Tensor, "B T E"]:
         """Encode the tokens; `layouts` are those of `build_layouts`, with their coordinates."""
         if len(layouts) != len(self.patterns):
@@ -133,7 +136,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Float[Tensor, "B T E"], layout: BlockLayout | None, rotation: Rotation | None
+        self, x: Float[Tensor, "B T E"], layout: AnyLayout | None, rotation: Rotation | None
     ) -> Float[Tensor, "B T E"]:
         """Mix between tokens, then within each."""
         before, after = _compiled() if self.compiled else (EncoderLayer.before, EncoderLayer.after)

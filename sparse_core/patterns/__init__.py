@@ -7,6 +7,7 @@ from sparse_core.patterns.dense import Dense
 from sparse_core.patterns.dilated_segments import DilatedSegments
 from sparse_core.patterns.dilated_window import DilatedWindow
 from sparse_core.patterns.global_tokens import GlobalTokens
+from sparse_core.patterns.hierarchical import Hierarchical
 from sparse_core.patterns.random_blocks import RandomBlocks
 from sparse_core.patterns.sliding_window import SlidingWindow
 from sparse_core.patterns.strided import Strided
@@ -23,6 +24,7 @@ PATTERNS: dict[str, type[Pattern]] = {
         GlobalTokens,
         RandomBlocks,
         BlockList,
+        Hierarchical,
     )
 }
 
@@ -34,6 +36,7 @@ __all__ = [
     "DilatedSegments",
     "DilatedWindow",
     "GlobalTokens",
+    "Hierarchical",
     "Intersection",
     "Pattern",
     "RandomBlocks",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparse_core.building import build_layout
@@ -21,11 +21,13 @@ from sparse_core.patterns import (
     DilatedSegments,
     DilatedWindow,
     GlobalTokens,
+    Hierarchical,
     Pattern,
     RandomBlocks,
     SlidingWindow,
     Strided,
 )
+from sparse_core.pooling import build_pooled_layout
 
 TOKENS = 32
 LENGTHS = (1_024, 16_384, 262_144)
@@ -49,6 +51,8 @@ SMALL: list[Pattern] = [
 ]
 """What is drawn."""
 
+POOLED = Hierarchical(2, factor=2)
+
 LARGE: list[Pattern] = [
     Dense(),
     Causal(),
@@ -69,17 +73,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sparse_core.patterns", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/patterns"), help="folder of the PNG")
     arguments = parser.parse_args()
-    drawings = [(repr(pattern), pattern.mask(TOKENS)) for pattern in SMALL]
+    drawings: list[tuple[str, Tensor]] = [(repr(p), p.mask(TOKENS)) for p in SMALL]
     drawings.append(("SlidingWindow(radius=1) on a 6 x 6 grid", SlidingWindow(1).mask(_grid(6))))
     for name, mask in drawings:
         print(f"\n{name}")
         print("\n".join(_half_blocks(mask)))
+    drawings.append((f"{POOLED!r}: paler where pooled", _shares(POOLED)))
     print("\n" + "\n".join(_cost_table()))
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "patterns.png"
     _draw(drawings, path)
     print(f"\n{path}")
     return 0
+
+
+def _shares(pattern: Pattern) -> Float[Tensor, "T T"]:
+    """One over the tokens of the key in which a query sees each token."""
+    pooled = build_pooled_layout(pattern, TOKENS)
+    below = torch.eye(TOKENS)
+    cells = []
+    for level in pooled.levels:
+        below = torch.segment_reduce(below[level.order], "sum", lengths=level.sizes)
+        cells.append(below)
+    members = torch.cat([torch.eye(TOKENS), torch.cat(cells)[pooled.entries]])
+    return pooled.layout.counts().float() @ (members / members.sum(1, keepdim=True))
 
 
 def _grid(side: int) -> Tensor:
@@ -110,16 +127,16 @@ def _cost_table() -> list[str]:
     return lines
 
 
-def _draw(drawings: list[tuple[str, Bool[Tensor, "T T"]]], path: Path) -> None:
+def _draw(drawings: list[tuple[str, Tensor]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import ListedColormap
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     columns = 5
     rows = -(-len(drawings) // columns)
     figure = Figure(figsize=(3.1 * columns, 3.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    colours = ListedColormap(["#f3f4f6", "#1d4ed8"])
+    colours = LinearSegmentedColormap.from_list("shares", ["#f3f4f6", "#1d4ed8"])
     for place, (name, mask) in enumerate(drawings):
         axes = figure.add_subplot(rows, columns, place + 1)
         axes.imshow(mask.numpy(), cmap=colours, vmin=0, vmax=1, interpolation="nearest")

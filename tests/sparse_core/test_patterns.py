@@ -11,6 +11,7 @@ from sparse_core.patterns import (
     DilatedSegments,
     DilatedWindow,
     GlobalTokens,
+    Hierarchical,
     Pattern,
     RandomBlocks,
     SlidingWindow,
@@ -30,6 +31,7 @@ EXAMPLES = [
     (SlidingWindow(2) | GlobalTokens(1)) & Causal() | Strided(4),
     DilatedSegments(20, 3, 1),
     DilatedSegments(16) + DilatedSegments(64, 4) + (SlidingWindow(2) | GlobalTokens(1)),
+    Hierarchical(16, near=2, factor=2) | GlobalTokens(1),
 ]
 
 

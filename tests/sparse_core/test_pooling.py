@@ -1,0 +1,210 @@
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_core import sparse_attention
+from sparse_core.nn import SparseEncoder
+from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, SlidingWindow
+from sparse_core.pooling import PooledLayout, build_pooled_layout, is_pooled, pooled_attention
+from sparse_core.testing import TOLERANCE, make_tissue
+
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+)
+on_every_device = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=GPU)], ids=str
+)
+PATTERNS = [
+    Hierarchical(cell=8),
+    Hierarchical(cell=4, near=2, factor=2),
+    Hierarchical(cell=8) & Causal(),
+    Hierarchical(cell=4, factor=2) | GlobalTokens(2, (30,)),
+    (Hierarchical(cell=4, near=2) | GlobalTokens(1)) & Causal(),
+]
+
+
+def members_of_cells(pooled: PooledLayout) -> Tensor:
+    """[cells of all levels, tokens]: which tokens a cell stands for."""
+    below = torch.eye(len(pooled.coords), dtype=torch.int64)
+    found = []
+    for level in pooled.levels:
+        cell = torch.arange(len(level.sizes)).repeat_interleave(level.sizes)
+        below = below.new_zeros(len(level.sizes), below.shape[1]).index_add_(
+            0, cell, below[level.order]
+        )
+        assert below.sum(1).tolist() == level.num_tokens.tolist()
+        found.append(below)
+    return torch.cat(found) if found else below[:0]
+
+
+def members_of_keys(pooled: PooledLayout) -> Tensor:
+    """[keys, tokens]: which tokens a key stands for."""
+    whole = torch.cat(
+        [torch.eye(len(pooled.coords), dtype=torch.int64), members_of_cells(pooled)[pooled.entries]]
+    )
+    return whole[pooled.place] if pooled.place.numel() else whole
+
+
+def covered(pooled: PooledLayout) -> Tensor:
+    """[queries, tokens]: in how many of the keys that a query sees a token stands."""
+    return (pooled.layout.counts().float() @ members_of_keys(pooled).float()).long()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 64, 203])
+def test_every_token_stands_in_one_place(pattern: Pattern, tokens: int) -> None:
+    for segments in (None, [tokens // 3, 0, tokens - tokens // 3]):
+        pooled = build_pooled_layout(pattern, tokens, segments=segments)
+        lengths = torch.tensor([tokens] if segments is None else segments)
+        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+        seen = sequence[:, None] == sequence
+        found = covered(pooled)
+        if "Causal" not in str(pattern):
+            assert torch.equal(found, seen.long())
+            continue
+        before = torch.arange(tokens)[:, None] >= torch.arange(tokens)
+        assert torch.equal(found, (seen & before).long())
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_every_tile_of_ragged_tissue_stands_in_one_place(factor: int) -> None:
+    coords = make_tissue(300) + torch.tensor([5, -70])
+    for near in (1, 2):
+        pattern = Hierarchical(cell=2, near=near, factor=factor)
+        pooled = build_pooled_layout(pattern, coords, segments=[100, 200])
+        sequence = torch.arange(2).repeat_interleave(torch.tensor([100, 200]))
+        assert torch.equal(covered(pooled), (sequence[:, None] == sequence).long())
+        assert len(pooled.entries) > 0
+
+
+def test_levels_bound_the_reach() -> None:
+    tokens = 400
+    pattern = Hierarchical(cell=2, near=2, factor=2, levels=3)
+    found = covered(build_pooled_layout(pattern, tokens))
+    distance = (torch.arange(tokens)[:, None] - torch.arange(tokens)).abs()
+    reach = pattern.near * pattern.cell * pattern.factor**3
+    assert int(found.max()) == 1
+    assert (found[distance <= reach] == 1).all()
+    assert (found[distance > 2 * reach] == 0).all()
+
+
+def test_a_million_tokens_need_few_keys() -> None:
+    pooled = build_pooled_layout(Hierarchical(cell=256, near=2), 1_048_576)
+    assert len(pooled.levels) == 6
+    per_query = pooled.layout.visited_pairs() / 1_048_576
+    assert 1280 < per_query < 1280 + 6 * 64
+
+
+def direct(q: Tensor, k: Tensor, v: Tensor, pooled: PooledLayout, scores: Tensor | None) -> Tensor:
+    """The same written out: each key's average over its tokens, then one softmax."""
+    members = members_of_keys(pooled).to(q)
+    if scores is None:
+        weights = (members / members.sum(1, keepdim=True))[None, :, :, None]
+    else:
+        inside = torch.where(members[None, :, :, None] > 0, scores[:, None], -torch.inf)
+        weights = inside.softmax(2)
+    keys = torch.einsum("bnth,bthd->bnhd", weights.expand(len(q), -1, -1, k.shape[2]), k)
+    values = torch.einsum("bnth,bthd->bnhd", weights.expand(len(q), -1, -1, k.shape[2]), v)
+    shared = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(shared, 2) for x in (keys, values))
+    logits = torch.einsum("bqhd,bnhd->bhqn", q, keys) * q.shape[-1] ** -0.5
+    logits = logits + members.sum(1).log()
+    logits = logits.masked_fill(pooled.layout.counts() == 0, -torch.inf)
+    return torch.einsum("bhqn,bnhd->bqhd", logits.softmax(-1), values)
+
+
+@on_every_device
+@pytest.mark.parametrize("learned", [False, True], ids=["mean", "learned"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_results_and_gradients_are_those_written_out(
+    pattern: Pattern, learned: bool, device: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float64, torch.float32) if device == "cpu" else (torch.float32, torch.bfloat16)
+    shapes = [(2, 100, 4, 16), (2, 100, 2, 16), (2, 100, 2, 16), (2, 100, 2)]
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    for segments, dtype in product((None, [30, 70]), dtypes):
+        pooled = build_pooled_layout(pattern, 100, segments=segments)
+        rounded = [x.to(dtype) for x in given[: 3 + learned]]
+        exact = [x.double().requires_grad_() for x in rounded]
+        leaves = [x.to(device).requires_grad_() for x in rounded]
+        found = pooled_attention(
+            *leaves[:3], pooled.to(device), scores=leaves[3] if learned else None
+        )
+        expected = direct(*exact[:3], pooled, exact[3] if learned else None)
+        for x, right in zip(
+            (found, *gradients(found, leaves)), (expected, *gradients(expected, exact)), strict=True
+        ):
+            error = (x.detach().double().cpu() - right).norm() / right.norm()
+            assert error < 3 * TOLERANCE[dtype]
+
+
+def gradients(out: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+    return torch.autograd.grad((out * weights.to(out)).sum(), leaves)
+
+
+def test_causal_pooling_leaks_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 300, 2, 8, generator=generator) for _ in range(3))
+    pooled = build_pooled_layout(PATTERNS[-1], 300)
+    before = pooled_attention(q, k, v, pooled)
+    for at in (1, 100, 255):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, at:] += 10
+        after = pooled_attention(*changed, pooled)
+        assert torch.equal(before[:, :at], after[:, :at])
+        assert not torch.equal(before[:, at:], after[:, at:])
+
+
+def test_moving_and_packing_change_nothing() -> None:
+    coords = make_tissue(200)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 200, 2, 8, generator=generator) for _ in range(3))
+    pattern = Hierarchical(cell=2, factor=2) | GlobalTokens(2)
+    alone = pooled_attention(q, k, v, build_pooled_layout(pattern, coords))
+    moved = build_pooled_layout(pattern, coords + torch.tensor([37, 1001]))
+    assert torch.equal(pooled_attention(q, k, v, moved), alone)
+    twice = build_pooled_layout(pattern, torch.cat([coords, coords + 9]), segments=[200, 200])
+    packed = pooled_attention(*(torch.cat([x, x], 1) for x in (q, k, v)), twice)
+    torch.testing.assert_close(packed, torch.cat([alone, alone], 1), rtol=1e-5, atol=1e-6)
+
+
+def test_cells_that_all_are_near_leave_plain_attention() -> None:
+    q, k, v = (torch.randn(1, 20, 2, 8) for _ in range(3))
+    pooled = build_pooled_layout(Hierarchical(cell=16), 20)
+    assert not pooled.levels
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v))
+    ).transpose(1, 2)
+    torch.testing.assert_close(pooled_attention(q, k, v, pooled), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "learned"])
+def test_encoders_pool(pooling: str) -> None:
+    torch.manual_seed(0)
+    encoder = SparseEncoder(32, 2, 4, PATTERNS[3], num_kv_heads=2, pooling=pooling)
+    x = torch.randn(1, 150, 32, requires_grad=True)
+    encoder(x, encoder.build_layouts(150)).square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+    names = [name for name, p in encoder.named_parameters() if "pool" in name]
+    assert len(names) == (2 if pooling == "learned" else 0)
+    assert all(encoder.get_parameter(name).grad.any() for name in names)
+
+
+def test_what_pools_is_known_and_refused_elsewhere() -> None:
+    assert all(map(is_pooled, PATTERNS))
+    assert not is_pooled(SlidingWindow(3) | GlobalTokens(1))
+    with pytest.raises(ValueError, match="build_pooled_layout"):
+        PATTERNS[0].mask(9)
+    with pytest.raises(ValueError, match="one Hierarchical"):
+        build_pooled_layout(Hierarchical(4) | SlidingWindow(3), 9)
+    with pytest.raises(ValueError, match="one dimension only"):
+        build_pooled_layout(Hierarchical(4) & Causal(), make_tissue(9))
+    q = torch.zeros(1, 9, 1, 8)
+    with pytest.raises(ValueError, match="layout is for"):
+        sparse_attention(q, q, q, build_pooled_layout(Hierarchical(2), 9).layout)
