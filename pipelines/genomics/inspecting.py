@@ -1,4 +1,4 @@
-"""`inspect`: what a collection holds, what stands in it twice, and what leaks between its splits."""
+"""`inspect`: what a collection holds, what stands in it twice, what leaks between its splits."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from pipelines.genomics.collection import Collection, collect, read_interval_fol
 from pipelines.genomics.ingest import require_input
 from pipelines.genomics.leaks import Leaks, find_leaks
 from pipelines.genomics.progress import BaseCount
-from pipelines.genomics.splitting import keep_apart
+from pipelines.genomics.splitting import find_item_copies, keep_apart
 from pipelines.shared.errors import InputError
 from pipelines.shared.metrics import align
 from pipelines.shared.plots import COLOURS
@@ -39,11 +39,12 @@ class Findings:
     letters: pd.DataFrame | None
     """Letters of each item: bases, gc (share of A C G T), ambiguous; None without sequence."""
     copies: pd.DataFrame
+    conflicts: dict[str, int]
+    """Sequences that stand under more than one label: anywhere, and within each split."""
     leaks: Leaks
 
     def plain(self) -> dict[str, object]:
         """Return what report.json says."""
-        conflicts = self.copies[self.copies["reason"].str.contains("which has the label")]
         store = self.collection.store
         return {
             "name": self.collection.name,
@@ -54,7 +55,7 @@ class Findings:
             "gc": None if self.letters is None else _quantiles(self.letters["gc"].dropna()),
             "letters": None if store is None else str(store.counts),
             "copies": len(self.copies),
-            "label_conflicts": len(conflicts),
+            "label_conflicts": self.conflicts,
             "leaks": self.leaks.counts.to_dict("records"),
             "leak_notes": self.leaks.notes,
         }
@@ -71,12 +72,13 @@ class Findings:
             gc = self.letters["gc"].quantile([0.05, 0.5, 0.95])
             lines.append("GC: 5 % {:.1%}, median {:.1%}, 95 % {:.1%}".format(*gc))
             ambiguous = int((self.letters["ambiguous"] > 0).sum())
-            lines.append(
-                f"letters: {plain['letters']}; {ambiguous:,} items hold other than A C G T"
-            )
+            more = f"{ambiguous:,} items hold more than A C G T"
+            lines.append(f"letters: {plain['letters']}; {more}")
         lines += ["", _count_table(self.collection), ""]
         lines.append(f"copies of another item: {plain['copies']:,} (duplicates.csv)")
-        lines.append(f"  with another label: {plain['label_conflicts']:,}")
+        if self.conflicts:
+            parts = (f"{name} {count:,}" for name, count in self.conflicts.items())
+            lines.append(f"sequences under more than one label: {', '.join(parts)}")
         return "\n".join([*lines, "", self.leaks.text()])
 
 
@@ -117,12 +119,28 @@ def inspect(config: dict[str, Any]) -> int:
 def examine(collection: Collection, *, progress: bool = True) -> Findings:
     """Look at one collection: letters, copies, leaks."""
     letters = None if collection.store is None else count_letters(collection, progress=progress)
-    copies = keep_apart(collection, "allow").table
-    return Findings(collection, letters, copies, find_leaks(collection, progress=progress))
+    copies = find_item_copies(collection)
+    table = keep_apart(collection, "allow").table
+    leaks = find_leaks(collection, progress=progress)
+    return Findings(collection, letters, table, _conflicts(collection, copies), leaks)
+
+
+def _conflicts(collection: Collection, copies: list[list[int]]) -> dict[str, int]:
+    """Count sequences whose copies have different labels, in all and within each split."""
+    table = collection.table
+    if "label" not in table:
+        return {}
+    labels = table["label"].to_numpy()
+    splits = table["split"].to_numpy() if "split" in table else np.full(len(table), "")
+    found = {"in all": sum(len(set(labels[members])) > 1 for members in copies)}
+    for name in (name for name in SPLITS if (splits == name).any()):
+        within = ([at for at in members if splits[at] == name] for members in copies)
+        found[f"within {name}"] = sum(len(set(labels[members])) > 1 for members in within)
+    return found
 
 
 def count_letters(collection: Collection, *, progress: bool = False) -> pd.DataFrame:
-    """Count each item's letters: bases, gc (share of G and C in A C G T; empty without), ambiguous."""
+    """Count each item's letters: bases, gc (G and C among A C G T), ambiguous."""
     store = collection.sequences
     counts = np.zeros((len(collection), NUM_TOKENS), dtype=np.int64)
     label = "letters" if progress else None
@@ -234,8 +252,7 @@ def _draw_lengths(
 
 
 def _draw_gc(gc: ndarray, groups: Mapping[str, Int64[ndarray, "K"]]) -> Figure:
-    figure = _histogram(100 * gc, np.linspace(0, 100, 51), groups, "GC, %")
-    return figure
+    return _histogram(100 * gc, np.linspace(0, 100, 51), groups, "GC, %")
 
 
 def _histogram(

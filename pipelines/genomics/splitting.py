@@ -84,7 +84,7 @@ def keep_apart(collection: Collection, policy: Policy) -> Settled:
     none is removed where no splits are given: then they share a group.
     """
     chosen = _choose(collection)
-    copies = _find_copies(collection)
+    copies = find_item_copies(collection)
     settled = settle_copies(copies, chosen, policy)
     kept = collection.take(settled.kept)
     kept = replace(kept, table=kept.table.assign(group=settled.groups))
@@ -93,6 +93,14 @@ def keep_apart(collection: Collection, policy: Policy) -> Settled:
         kept, more = _keep_places_apart(kept, policy)
         notes += more
     return Settled(kept, settled.table, notes)
+
+
+def find_item_copies(collection: Collection) -> list[list[int]]:
+    """List the items of equal bases on either strand; without sequence, those of equal places."""
+    if collection.store is not None:
+        return find_copies(collection.store, collection.records)
+    places = collection.table.groupby(["contig", "start", "end"], sort=False).indices
+    return [members.tolist() for members in places.values() if len(members) > 1]
 
 
 def assign(collection: Collection, config: Mapping[str, Any]) -> list[str]:
@@ -229,13 +237,6 @@ def _choose(collection: Collection) -> Chosen:
         table["group"].tolist(),
         table["split"].tolist() if "split" in table else None,
     )
-
-
-def _find_copies(collection: Collection) -> list[list[int]]:
-    if collection.store is not None:
-        return find_copies(collection.store, collection.records)
-    places = collection.table.groupby(["contig", "start", "end"], sort=False).indices
-    return [members.tolist() for members in places.values() if len(members) > 1]
 
 
 def _keep_places_apart(collection: Collection, policy: Policy) -> tuple[Collection, list[str]]:
