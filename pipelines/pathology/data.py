@@ -67,7 +67,8 @@ class SlideDataset(Dataset[Example]):
 
     With `shuffle_positions` they are permuted among the tiles of a slide (an ablation: the tiles
     stay, their arrangement goes), by case and seed. `memory_bytes` bounds the features that are
-    held, by default `MEMORY_BYTES`. `augment` needs `set_epoch` before each epoch.
+    held, by default `MEMORY_BYTES`. `augment` needs `set_epoch` before each epoch. `encoder` (its
+    name or fingerprint) says whose features, where slides have those of several.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class SlideDataset(Dataset[Example]):
         augment: Augmentation | None = None,
         seed: int = 0,
         memory_bytes: int | None = None,
+        encoder: str | None = None,
     ) -> None:
-        self.store, self.targets = store, targets
+        self.store, self.targets, self.encoder = store, targets, encoder
         self.by_patient = bool(cases) and not isinstance(cases[0], str)
         self.cases = [(case,) if isinstance(case, str) else tuple(case) for case in cases]
         self.ids = [";".join(case) for case in self.cases]
@@ -145,7 +147,7 @@ class SlideDataset(Dataset[Example]):
         return slide.grid, slide.features()
 
     def _open(self, slide_id: str) -> SlideFeatures:
-        return read_slide(slide_folder(self.store, slide_id))
+        return read_slide(slide_folder(self.store, slide_id), self.encoder)
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:

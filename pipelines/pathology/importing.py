@@ -34,7 +34,7 @@ from pipelines.pathology.store import (
     SCHEMA,
     encoder_entry,
     is_current,
-    read_provenance,
+    read_provenances,
     slide_folder,
     write_group,
     write_index,
@@ -265,8 +265,7 @@ class _Importer:
         provenance = self._provenance(item)
         if is_current(folder, provenance):
             return False
-        earlier = read_provenance(folder)
-        if earlier is not None and "imported" not in earlier:
+        if any("imported" not in earlier for earlier in read_provenances(folder).values()):
             raise ForeignError(
                 "exists",
                 f"{folder} holds features that were not imported",

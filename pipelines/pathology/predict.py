@@ -104,6 +104,7 @@ def _run(config: dict[str, Any], model: LoadedModel, source: _Source, out: Path)
         by_patient=results.by_patient,
         ahead=not source.is_made,
         max_tokens=config["max_tokens"],
+        encoder=str(model.metadata["encoder_fingerprint"]),
         device=config["device"],
         autocast=_PRECISIONS[config["precision"]],
     )
@@ -209,8 +210,10 @@ def _from_store(config: dict[str, Any], model: LoadedModel) -> _Source:
     store = Path(config["features"])
     fitting, others = match_stored(store, model.metadata)
     patients, refused = _patients(config, model, fitting)
+    weights = str(model.metadata["encoder_fingerprint"])
     provenances = {
-        slide_id: read_provenance(slide_folder(store, slide_id)) or {} for slide_id in patients
+        slide_id: read_provenance(slide_folder(store, slide_id), weights) or {}
+        for slide_id in patients
     }
     return _Source(store, patients, provenances, {}, [*others, *refused], False)
 

@@ -49,19 +49,21 @@ def predict_cases(
     by_patient: bool,
     ahead: bool,
     max_tokens: int,
+    encoder: str | None = None,
     device: str = "cpu",
     autocast: torch.dtype | None = None,
 ) -> Iterator[Predicted | Failure]:
     """Yield the result of each case, in their order; one that fails is yielded as a failure.
 
     With `ahead` the next case is read while one is computed, so that two are held in memory;
-    without, a case is asked for when the one before it is done.
+    without, a case is asked for when the one before it is done. `encoder` (its name or fingerprint)
+    says whose features, where slides have those of several.
     """
     network.to(device).eval()
     reads = (
-        _read_ahead(cases, store, by_patient)
+        _read_ahead(cases, store, by_patient, encoder)
         if ahead
-        else (_read(case, store, by_patient) for case in cases)
+        else (_read(case, store, by_patient, encoder) for case in cases)
     )
     for read in reads:
         if isinstance(read, Failure):
@@ -87,12 +89,14 @@ def predict_cases(
         yield Predicted(read.case[0], read.case[1], read.lengths, made[0])
 
 
-def _read_ahead(cases: Iterable[Case], store: Path, by_patient: bool) -> Iterator[_Read | Failure]:
+def _read_ahead(
+    cases: Iterable[Case], store: Path, by_patient: bool, encoder: str | None
+) -> Iterator[_Read | Failure]:
     """Read each case in a thread while the one before it is used."""
     with ThreadPoolExecutor(1) as thread:
         waiting: Future[_Read | Failure] | None = None
         for case in cases:
-            coming = thread.submit(_read, case, store, by_patient)
+            coming = thread.submit(_read, case, store, by_patient, encoder)
             if waiting is not None:
                 yield waiting.result()
             waiting = coming
@@ -100,11 +104,11 @@ def _read_ahead(cases: Iterable[Case], store: Path, by_patient: bool) -> Iterato
             yield waiting.result()
 
 
-def _read(case: Case, store: Path, by_patient: bool) -> _Read | Failure:
+def _read(case: Case, store: Path, by_patient: bool, encoder: str | None) -> _Read | Failure:
     name, slides = case
     cases: Sequence[tuple[str, ...]] | Sequence[str] = [slides] if by_patient else [slides[0]]
     try:
-        data = SlideDataset(store, cases, memory_bytes=0)
+        data = SlideDataset(store, cases, memory_bytes=0, encoder=encoder)
         lengths = tuple(len(read_slide(slide_folder(store, slide))) for slide in slides)
         return _Read(case, lengths, data[0])
     except (InputError, OSError, ValueError) as error:

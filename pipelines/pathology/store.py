@@ -368,22 +368,24 @@ def read_provenances(folder: Path) -> dict[str, dict[str, Any]]:
 
     Raises InputError for a group of another version of the store.
     """
+    return {name: entry["provenance"] for name, entry in _read_entries(folder).items()}
+
+
+def read_provenance(folder: Path, encoder: str) -> dict[str, Any] | None:
+    """Say what features of an encoder (its fingerprint) were made from; None where there are none.
+
+    Raises as `read_provenances` does.
+    """
+    entries = _read_entries(folder).values()
+    return next((e["provenance"] for e in entries if e["fingerprint"] == encoder), None)
+
+
+def _read_entries(folder: Path) -> dict[str, Any]:
     attributes = _read_attributes(folder)
     if attributes is None:
         return {}
     _check_schema(folder, attributes)
-    return {name: entry["provenance"] for name, entry in attributes["encoders"].items()}
-
-
-def read_provenance(folder: Path, encoder: str | None = None) -> dict[str, Any] | None:
-    """Say what an encoder's features were made from; None where there are none of it.
-
-    `encoder` is its fingerprint; it may be left out where there is one alone.
-    """
-    held = list(read_provenances(folder).values())
-    if encoder is not None:
-        held = [entry for entry in held if entry.get("encoder_fingerprint") == encoder]
-    return held[0] if len(held) == 1 else None
+    return dict(attributes["encoders"])
 
 
 def list_slides(store: Path) -> list[str]:

@@ -81,10 +81,10 @@ def _train_on_stored(config: dict[str, Any], settings: FitSettings) -> int:
     """Train on features that are there already, imported or embedded; no slide is opened."""
     store, labels, out = (Path(config[key]) for key in ("features", "labels", "out"))
     table = read_slide_labels(labels, **_said(config), **_truth(config))
-    ids = read_index(store)["slide_id"]
+    ids = read_index(store)["slide_id"].unique()
     files, failures = _match([SlideFile(i, slide_folder(store, i)) for i in ids], table, labels)
     found = [file.slide_id for file in files]
-    source = find_source(store, found)
+    source = find_source(store, found, config["stored_encoder"])
     _check_networks(config, source.dim)
     if not begin_run(out, config):
         return 0
