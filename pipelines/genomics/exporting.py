@@ -76,7 +76,7 @@ def _export_sequences(config: dict[str, Any], out: Path, store: SequenceStore) -
     selection = select_intervals(config, store)
     name = "intervals" if config["intervals"] else "sequences"
     bases = sum(item.length for item in selection.placed)
-    print(f"{len(selection.placed):,} {name}, {bases:,} bases")
+    print(f"{name}: {len(selection.placed):,}, bases: {bases:,}")
     if not _begin(config, out, store, selection.table, selection.notes, selection.failures):
         return _code(selection.failures)
     headers = _interval_headers(selection.table)
@@ -102,7 +102,7 @@ def _export_sequences(config: dict[str, Any], out: Path, store: SequenceStore) -
 def _export_variants(config: dict[str, Any], out: Path, store: SequenceStore) -> int:
     checked = select_variants(config, store)
     table = describe_variants(checked, store)
-    print(f"{len(table):,} alleles")
+    print(f"alleles: {len(table):,}")
     if not _begin(config, out, store, table, checked.notes(), checked.failures):
         return _code(checked.failures)
     path = out / "variants.tsv"

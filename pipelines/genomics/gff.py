@@ -46,7 +46,8 @@ def read_gff(
 
     Lines of one ID (and type and contig) are one feature, read in the order of their coordinates,
     from the end on the minus strand; by the attribute `part` where it is given (trans-splicing).
-    CDS lines without an ID are joined by their Parent, those of GTF by their transcript.
+    CDS lines without an ID are joined by their Parent, those of GTF by their transcript (there the
+    stop codon is not part of the CDS).
     """
     groups: dict[tuple[str, ...], list[_Row]] = {}
     kinds: Counter[str] = Counter()

@@ -66,8 +66,8 @@ class Placement:
         return [
             *self.suspicions,
             *self.contigs.notes(),
-            *(f"{count:,} intervals {flag}" for flag, count in counts.items()),
-            *(f"{count:,} intervals left out: {status}" for status, count in statuses.items()),
+            *(f"intervals {flag}: {count:,}" for flag, count in counts.items()),
+            *(f"intervals left out ({status}): {count:,}" for status, count in statuses.items()),
         ]
 
 
@@ -191,7 +191,7 @@ def _inside(wanted: Placed, length: int, past_end: str, *, circular: bool) -> Pl
         return wanted
     if circular and wanted.length <= length:
         parts = tuple(piece for part in wanted.parts for piece in _wrap(part, length))
-        return replace(wanted, parts=parts, flags=("cross the origin",))
+        return replace(wanted, parts=parts, flags=("across the origin",))
     if past_end == "pad_n" and low < length and high > 0:
         return replace(wanted, flags=("padded with N",))
     if past_end == "shift" and len(wanted.parts) == 1 and wanted.length <= length:
@@ -226,10 +226,11 @@ def _unknown(interval: Interval) -> Failure:
 
 def _beyond(interval: Interval, wanted: Placed, name: str, length: int) -> Failure:
     starts, ends = _ends(wanted)
+    movable = len(wanted.parts) == 1 and wanted.length <= length
     return Failure(
         interval.name,
         interval.source,
         "past_end",
         f"{min(starts):,} to {max(ends):,} reaches beyond {name!r}, which has {length:,} bases",
-        "use past_end=shift or pad_n, shorten the interval, or give the right sequences",
+        f"use past_end={'shift or ' * movable}pad_n, or give the sequences that it is of",
     )

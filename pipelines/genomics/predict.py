@@ -47,6 +47,8 @@ def predict(config: dict[str, Any]) -> int:
     """Predict every record, interval or variant; 0, or 3 if some fell out and are listed."""
     require_input(config)
     check_settings(config)
+    if isinstance(config["outputs"], str):
+        config = {**config, "outputs": [config["outputs"]]}
     check_outputs(config["outputs"], variants=bool(config["variants"]))
     run = _Run(config)
     return run.predict_variants() if config["variants"] else run.predict_intervals()
@@ -139,7 +141,8 @@ class _Run:
             print(f"note: {note}")
         kinds = {"variants": "variants", "intervals": "intervals"}
         kind = next((name for key, name in kinds.items() if self.config[key]), "records")
-        print(f"{len(table):,} {kind}, {sum(windows.lengths):,} bases, {len(windows):,} windows")
+        bases = int(windows.sequences.lengths.sum())
+        print(f"{kind}: {len(table):,}, bases: {bases:,}, windows: {len(windows):,}")
         if self.config["dry_run"]:
             print("dry run: nothing is predicted")
             return None

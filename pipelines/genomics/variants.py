@@ -98,8 +98,8 @@ class CheckedVariants:
         return [
             *self.contigs.notes(),
             f"{self.num_matching:,} of {self.num_checked:,} REF alleles match the sequences",
-            *([f"{moved:,} alleles trimmed or moved to the left"] if moved else []),
-            *(f"{count:,} alleles left out: {status}" for status, count in statuses.items()),
+            *([f"alleles trimmed or moved to the left: {moved:,}"] if moved else []),
+            *(f"alleles left out ({status}): {count:,}" for status, count in statuses.items()),
         ]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.genomics.alphabet import decode, encode, reverse_complement
@@ -44,6 +44,7 @@ def test_parts_are_spliced_in_reading_order(store):
     assert text == decode(reverse_complement(encode(TEXT[10:13]))) + TEXT[:4]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_pieces_join_to_the_whole(memory_store, data):
     store = memory_store({"chr1": TEXT})
@@ -61,6 +62,7 @@ def test_pieces_join_to_the_whole(memory_store, data):
         assert sum(part.end - part.start for part in item.cut(a, b)) == b - a
 
 
+@settings(deadline=None)
 @given(st.integers(-30, 30), st.integers(1, 25), st.sampled_from(PAST_END))
 def test_windows_past_the_end_do_what_the_configuration_says(memory_store, start, size, past_end):
     store = memory_store({"chr1": TEXT, "chr2": "ACGT"})
@@ -96,8 +98,8 @@ def test_windows_past_the_end_do_what_the_configuration_says(memory_store, start
 def test_what_was_done_is_counted(store):
     given_ = file(interval(-2, 3), interval(15, 24), interval(2, 5))
     notes = place(given_, store, past_end="shift").notes()
-    assert notes == ["2 intervals shifted inwards"]
-    assert place(given_, store).notes() == ["2 intervals left out: past_end"]
+    assert notes == ["intervals shifted inwards: 2"]
+    assert place(given_, store).notes() == ["intervals left out (past_end): 2"]
 
 
 @pytest.mark.parametrize("strand", "+-")
@@ -107,7 +109,7 @@ def test_a_circular_record_goes_on_at_its_origin(strand, memory_store):
     around = TEXT[17:] + TEXT[:3]
     wanted = around if strand == "+" else decode(reverse_complement(encode(around)))
     assert cut(store, placement) == [wanted]
-    assert placement.placed[0].flags == ("cross the origin",)
+    assert placement.placed[0].flags == ("across the origin",)
 
 
 def test_the_file_of_intervals_may_call_a_record_circular(store):

@@ -13,12 +13,12 @@ import torch
 
 from pipelines.genomics import scoring
 from pipelines.genomics.__main__ import main
-from pipelines.genomics.alphabet import decode
+from pipelines.genomics.alphabet import decode, encode
 from pipelines.genomics.data import cut_windows
 from pipelines.genomics.ingest import ingest
 from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.outputs import read_embeddings
-from pipelines.genomics.tokenizers import BaseTokenizer, digest
+from pipelines.genomics.tokenizers import BaseTokenizer, KmerTokenizer, digest, train_bpe
 from pipelines.shared.batch import Example, pack
 from pipelines.shared.checkpoint import save_model
 from pipelines.shared.inference import predict
@@ -198,7 +198,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_no_results(genome, ckpt, t
     path, _ = genome
     code = run("predict", f"sequences={path}", f"ckpt={ckpt}", f"out={tmp_path}", "dry_run=true")
     assert code == 0
-    assert "3 records, 475 bases, 12 windows" in capsys.readouterr().out
+    assert "records: 3, bases: 365, windows: 12" in capsys.readouterr().out
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
     assert run("export", f"sequences={path}", f"out={tmp_path}", "dry_run=true") == 0
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
@@ -307,3 +307,35 @@ def test_genes_of_a_circular_virus_are_predicted(real_data, ckpt, tmp_path):
         assert file.chroms() == {"NC_001422.1": 5386}
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["rows"] == 11
+
+
+TOKENIZERS = {
+    "words that slide": lambda: KmerTokenizer(3, stride=1),
+    "words end to end": lambda: KmerTokenizer(4, stride=4),
+    "byte pairs": lambda: train_bpe([encode(text_of(9_000, 5))], vocab_size=80, max_bases=9_000),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_model_brings_its_tokenizer(name, genome, tmp_path):
+    path, records = genome
+    tokenizer = TOKENIZERS[name]()
+    pattern = "SlidingWindow(radius=9) | GlobalTokens(1)"
+    torch.manual_seed(0)
+    network = DnaClassifier(
+        dim=8, depth=1, num_heads=1, pattern=pattern, num_classes=2, num_tokens=tokenizer.num_tokens
+    ).eval()
+    metadata = {"classes": ["no", "yes"], "context": 300, "overlap": 0}
+    metadata |= {"tokenizer": tokenizer.config, "tokenizer_digest": digest(tokenizer)}
+    save_model(tmp_path / "model.ckpt", network, task="genomics", metadata=metadata)
+    out = tmp_path / "out"
+    given = [f"sequences={path}", f"ckpt={tmp_path / 'model.ckpt'}", f"out={out}"]
+    assert run("predict", *given) == 0
+    table = pd.read_csv(out / "predictions.tsv", sep="\t")
+    for found, text in zip(table["probability_yes"], records.values(), strict=True):
+        tokens = tokenizer.encode(encode(text))
+        coords = torch.from_numpy(tokens.starts)[:, None]
+        batch = pack([Example(torch.from_numpy(tokens.ids), coords, None, "x", "x", 0)])
+        with torch.no_grad():
+            expected = network(batch).logits[0].double().softmax(-1)[1].item()
+        assert found == pytest.approx(expected, abs=2e-6)

@@ -3,7 +3,7 @@
 import numpy as np
 import pyBigWig
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.genomics.tracks import blend, write_bedgraph, write_bigwig
@@ -23,6 +23,7 @@ windows = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(windows)
 def test_a_base_has_the_mean_of_the_windows_over_it(found):
     track = track_of(found)
@@ -35,6 +36,7 @@ def test_a_base_has_the_mean_of_the_windows_over_it(found):
                 assert track.values[here][0] == pytest.approx(np.mean(over), abs=1e-6)
 
 
+@settings(deadline=None)
 @given(windows)
 def test_stretches_are_sorted_and_apart(found):
     track = track_of(found)

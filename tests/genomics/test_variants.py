@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipelines.genomics.alphabet import decode
@@ -117,6 +117,7 @@ def apply(v, text=TEXT):
 repeats = st.lists(st.sampled_from(["A", "AC", "ACG", "T", "TT"]), min_size=2, max_size=12)
 
 
+@settings(deadline=None)
 @given(repeats.map("".join), st.data())
 def test_the_same_change_has_one_name_and_no_other_stands_further_left(memory_store, text, data):
     store = memory_store({"1": text})
