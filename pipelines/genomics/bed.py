@@ -151,7 +151,8 @@ def _interval(path: Path, number: int, fields: list[str], layout: _Layout) -> In
     if strand not in ("+", "-", "."):
         raise bad_line(path, number, f"the strand is {strand!r}; it is +, - or .")
     name = told.get("name", "")
-    parts, summit = (), None
+    parts: tuple[Part, ...] = ()
+    summit = None
     if layout.kind == "BED12":
         parts = _blocks(path, number, fields, start, end, strand)
     elif layout.kind == "narrowPeak" and fields[9] != "-1":

@@ -14,12 +14,13 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import LETTERS
-from pipelines.genomics.ingest import provide_store, require_input
+from pipelines.genomics.ingest import require_input
 from pipelines.genomics.placing import Placed, fetch, fetch_mask
 from pipelines.genomics.progress import track
 from pipelines.genomics.selection import (
     check_settings,
     describe_variants,
+    open_store,
     select_intervals,
     select_variants,
 )
@@ -42,7 +43,7 @@ def export(config: dict[str, Any]) -> int:
         raise InputError(f"line_width is 0 or more letters; got {config['line_width']!r}")
     out = Path(config["out"])
     make_folder(out)
-    store = provide_store(config, out)
+    store = open_store(config, out)
     if config["variants"]:
         return _export_variants(config, out, store)
     return _export_sequences(config, out, store)

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from pipelines.genomics.alphabet import NUM_TOKENS
-from pipelines.genomics.ingest import provide_store, require_input
+from pipelines.genomics.ingest import require_input
 from pipelines.genomics.model import TASK, DnaClassifier
 from pipelines.genomics.outputs import (
     check_outputs,
@@ -26,6 +26,7 @@ from pipelines.genomics.selection import (
     Windows,
     check_settings,
     describe_variants,
+    open_store,
     select_intervals,
     select_variants,
 )
@@ -72,7 +73,7 @@ class _Run:
         self.context: int = model.metadata["context"]  # type: ignore[assignment]
         self.overlap: int = model.metadata["overlap"]  # type: ignore[assignment]
         make_folder(self.out)
-        self.store = provide_store(config, self.out)
+        self.store = open_store(config, self.out)
 
     def predict_intervals(self) -> int:
         """Predict records or intervals."""

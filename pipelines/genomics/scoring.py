@@ -114,7 +114,7 @@ def _keep(file: Path, found: list[Prediction]) -> None:
         arrays["embeddings"] = torch.stack(vectors).numpy()
     aside = file.with_name(f"{file.name}.tmp-{os.getpid()}")
     with aside.open("wb") as handle:
-        np.savez(handle, **arrays)
+        np.savez(handle, **arrays)  # type: ignore[arg-type]
     os.replace(aside, file)
 
 

@@ -1,6 +1,6 @@
 """What a verb works on: the records of a store, intervals of them, or the alleles of variants."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,10 @@ from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
 from pipelines.genomics.data import cut_windows
-from pipelines.genomics.intervals import COLUMNS, read_intervals
-from pipelines.genomics.placing import PAST_END, Part, Placed, fetch, place, whole_records
+from pipelines.genomics.ingest import provide_store
+from pipelines.genomics.intervals import COLUMNS, Part, read_intervals
+from pipelines.genomics.placing import PAST_END, Placed, fetch, place, whole_records
+from pipelines.genomics.sequence_tables import ROLES
 from pipelines.genomics.store import SequenceStore
 from pipelines.genomics.tokenizers import Tokenizer
 from pipelines.genomics.variants import (
@@ -147,20 +149,26 @@ def check_settings(config: Mapping[str, Any]) -> None:
             raise InputError(f"{key}={config[key]}: no such file; check the path")
 
 
+def open_store(config: Mapping[str, Any], out: Path) -> SequenceStore:
+    """Return the store of `sequences` or `store`, with the labels beside them if records count."""
+    columns = {role: config["columns"][role] for role in ROLES}
+    records = not (config["intervals"] or config["variants"])
+    return provide_store({**config, "columns": columns}, out, with_labels=records)
+
+
 def select_intervals(config: Mapping[str, Any], store: SequenceStore) -> Selection:
     """Choose the intervals of `intervals=`, or all records without it."""
     if not config["intervals"]:
         placed = whole_records(store)
-        return Selection(placed, _describe(placed, list(store.labels)))
+        return Selection(placed, _describe(placed, store.labels, store.splits))
     given = config["columns"].items()
     columns = {role: name for role, name in given if role in COLUMNS and name != role}
     file = read_intervals(config["intervals"], columns=columns, feature=config["feature"])
     placement = place(file, store, past_end=config["past_end"], width=config["width"])
-    labels = [item.interval.label for item in placement.placed]
-    table = _describe(placement.placed, labels)
-    splits = [item.interval.split for item in placement.placed]
-    if any(splits):
-        table.insert(len(table.columns) - 1, "split", splits)
+    intervals = [item.interval for item in placement.placed]
+    table = _describe(
+        placement.placed, [item.label for item in intervals], [item.split for item in intervals]
+    )
     return Selection(placement.placed, table, placement.failures, tuple(placement.notes()))
 
 
@@ -190,7 +198,9 @@ def describe_variants(checked: CheckedVariants, store: SequenceStore) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def _describe(placed: tuple[Placed, ...], labels: list[str | None]) -> pd.DataFrame:
+def _describe(
+    placed: tuple[Placed, ...], labels: Sequence[str | None], splits: Sequence[str | None]
+) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "id": [item.interval.name for item in placed],
@@ -203,7 +213,9 @@ def _describe(placed: tuple[Placed, ...], labels: list[str | None]) -> pd.DataFr
     if any(len(item.parts) > 1 for item in placed):
         spelled = (",".join(f"{p.start}-{p.end}({p.strand})" for p in i.parts) for i in placed)
         table["parts"] = list(spelled)
-    if any(label is not None for label in labels):
-        table["label"] = labels
+    if any(labels):
+        table["label"] = list(labels)
+    if any(splits):
+        table["split"] = list(splits)
     table["flags"] = ["; ".join(item.flags) for item in placed]
     return table

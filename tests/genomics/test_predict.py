@@ -166,6 +166,19 @@ def test_intervals_keep_their_order_label_and_coordinates(genome, network, ckpt,
     assert ("chr2", "50", "60") in covered
 
 
+def test_labels_of_a_table_stand_beside_the_predictions(genome, ckpt, tmp_path):
+    _, records = genome
+    rows = [
+        f"{name},{text},{kind}" for (name, text), kind in zip(records.items(), "nyn", strict=True)
+    ]
+    (tmp_path / "test.csv").write_text("\n".join(["id,sequence,class", *rows]) + "\n")
+    given = [f"sequences={tmp_path / 'test.csv'}", f"ckpt={ckpt}", f"out={tmp_path / 'out'}"]
+    assert run("predict", *given, "columns.label=class") == 0
+    table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
+    assert table["id"].tolist() == list(records)
+    assert table["label"].tolist() == ["n", "y", "n"]
+
+
 def test_both_alleles_of_variants_are_predicted(genome, network, ckpt, tmp_path):
     path, records = genome
     text = records["chr2"]
