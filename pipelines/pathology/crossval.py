@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipelines.pathology.cohort import TRUTH, UNITS
 from pipelines.pathology.evaluating import (
     choose_reference,
     read_attributes,
@@ -52,6 +53,7 @@ def crossval(config: dict[str, Any]) -> int:
     print(f"{describe(roster)}\n\n{format_folds(roster, folds)}")
     if config["fold"] is not None and config["fold"] not in range(len(folds)):
         raise InputError(f"fold={config['fold']}: there are folds 0 to {len(folds) - 1}")
+    _check_scoring(config, labels, roster)
     if config["dry_run"]:
         print("dry run: nothing is written")
         return 0
@@ -68,6 +70,30 @@ def crossval(config: dict[str, Any]) -> int:
     if is_main_process():
         _assess(config, out, labels, roster, folds)
     return code
+
+
+def _check_scoring(config: dict[str, Any], labels: Path, roster: Roster) -> None:
+    """Raise InputError, before anything is trained, for what could not be scored in the end."""
+    if config["score_by"] not in UNITS:
+        raise InputError(f"score_by is {' or '.join(UNITS)}; got {config['score_by']!r}")
+    table = roster.table
+    missing = [name for name in config["subgroups"] if name not in table]
+    if missing:
+        raise InputError(
+            f"{labels} has no column {missing[0]!r} for subgroups=; it has "
+            f"{', '.join(map(repr, table.columns))}"
+        )
+    if config["score_by"] == "slide":
+        return
+    for column in (*TRUTH[config["task"]["name"]], *config["subgroups"]):
+        kinds = table.groupby("patient_id")[column].nunique()
+        if (kinds > 1).any():
+            patient = kinds.index[kinds > 1][0]
+            values = sorted(set(table.loc[table["patient_id"] == patient, column]))
+            raise InputError(
+                f"{labels}: slides of patient {patient!r} differ in {column} "
+                f"({', '.join(values)}); give score_by=slide to score slides"
+            )
 
 
 def _labels(config: dict[str, Any]) -> Path:

@@ -178,9 +178,10 @@ def _titles(run: Path, found: Assessment) -> dict[str, str]:
 def _facts(run: Path, config: Mapping[str, Any]) -> dict[str, str]:
     own = {**_recorded(run), **{key: config[key] for key in _FACTS if config.get(key)}}
     facts = {key: str(own[key]) for key in _FACTS if own.get(key) is not None}
+    stored = own.get("features") and not own.get("slides")  # an encoder of their own
     for key in _CHOICES:
         value = own.get(key)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not (key == "encoder" and stored):
             said = {name: item for name, item in value.items() if item not in (None, "", {}, [])}
             facts[key] = ", ".join(f"{name} {item}" for name, item in said.items())
     return facts

@@ -11,7 +11,7 @@ import pandas as pd
 
 from pipelines.pathology.manifest import map_columns, read_slide_table, strip_ending
 from pipelines.pathology.split_tables import SplitTable, read_split_tables
-from pipelines.pathology.store import read_index
+from pipelines.pathology.store import list_slides, read_index
 from pipelines.shared.errors import InputError
 from pipelines.shared.metrics import align
 from pipelines.shared.record import RunState, finish_run, open_run
@@ -245,7 +245,7 @@ def _complete(roster: Roster, table: SplitTable, config: Mapping[str, Any]) -> l
 
 def _contents(features: str | None) -> dict[str, str]:
     """Digest of each stored slide's content, where a store of features is given."""
-    if not features or not Path(features).is_dir():
+    if not features or not Path(features).is_dir() or not list_slides(Path(features)):
         return {}
     index = read_index(Path(features))
     return dict(zip(index["slide_id"], index["digest"], strict=True))

@@ -97,6 +97,7 @@ class Study:
             shuffle_positions=shuffled,
             augment=augment if split == "train" and augment != Augmentation() else None,
             seed=self.config["seed"],
+            encoder=str(self.source.metadata["encoder_fingerprint"]),
         )
 
     def _train(self, name: str) -> Result:
@@ -203,7 +204,7 @@ class Study:
         summary = self._summary(scores, self._draw_heatmaps(model))
         (self.out / "summary.txt").write_text(summary, encoding="utf-8")
         metrics = self._metrics(results, failures)
-        write_model_card(self.out, metrics)
+        write_model_card(self.out, metrics, tokens=self.source.metadata)
         finish_run(self.out, metrics)
         print(f"\n{summary}")
         if failures:

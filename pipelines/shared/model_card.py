@@ -20,18 +20,21 @@ _DATA = ("slides", "sequences", "labels", "features", "splits", "where")
 _TRAINING = ("epochs", "steps", "batch_size", "max_tokens", "seed", "augment")
 
 
-def write_model_card(run: Path, metrics: Mapping[str, Any]) -> Path:
+def write_model_card(
+    run: Path, metrics: Mapping[str, Any], *, tokens: Mapping[str, object]
+) -> Path:
     """Write the card of a training run into its folder, aside and renamed.
 
     Taken from what the run is about to write as metrics.json, and from its config.yaml,
-    versions.json and model.ckpt; of `metrics` task, classes, scores and counts are read.
+    versions.json and model.ckpt; of `metrics` task, classes, scores and counts are read. `tokens`
+    says what the network's tokens are: how they were cut, and what encoded them.
     """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     versions = yaml.safe_load((run / "versions.json").read_text(encoding="utf-8"))
     sections = {
         "What it is": _identity(run, config, metrics),
         "Data": _settings(config, _DATA) + _counts(metrics),
-        "Tokens and network": _network(config),
+        "Tokens and network": _network(config, tokens),
         "Training": _settings(config, _TRAINING) + _nested(config, "optim"),
         "Scores": _scores(metrics),
         "Made with": _versions(versions),
@@ -60,18 +63,13 @@ def _identity(run: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) 
     return [*lines, "- meant for: _to be filled in by whoever hands it on_"]
 
 
-def _network(config: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if isinstance(config.get("encoder"), Mapping):
-        lines.append(f"- encoder: {_flat(config['encoder'])}")
-    tiles = {key: config[key] for key in ("tile_px", "tile_um", "mpp", "min_tissue", "leave_out")
-             if config.get(key) is not None}  # fmt: skip
-    if tiles:
-        lines.append(f"- plan: {_flat(tiles)}")
-    for key in ("pattern", "model"):
-        if isinstance(config.get(key), Mapping):
-            lines.append(f"- {key}: {_flat(config[key])}")
-    return lines
+def _network(config: Mapping[str, Any], tokens: Mapping[str, object]) -> list[str]:
+    known = {key.replace("_", " "): value for key, value in tokens.items()}
+    known |= {key: config[key] for key in ("pattern", "model") if key in config}
+    return [
+        f"- {key}: {_flat(value) if isinstance(value, Mapping) else value}"
+        for key, value in known.items()
+    ]
 
 
 def _scores(metrics: Mapping[str, Any]) -> list[str]:

@@ -119,6 +119,9 @@ def test_a_dry_run_shows_the_folds(
     [
         (["fold=2"], "there are folds 0 to 1"),
         (["folds=9"], "give folds="),
+        (["score_by=patient"], "differ in label (0, 1); give score_by=slide"),
+        (["score_by=tile"], "score_by is slide or patient"),
+        (["subgroups=[city]"], "no column 'city' for subgroups="),
         (["splits={folder}"], "holds no splits_0.csv"),
     ],
 )

@@ -155,7 +155,9 @@ def test_copies_in_two_splits_are_a_leak(
             "digest": [f"d{row // 4}" for row in range(40)],
         }
     )
-    monkeypatch.setattr("pipelines.pathology.splitting.read_index", lambda store: index)
+    here = "pipelines.pathology.splitting"
+    monkeypatch.setattr(f"{here}.read_index", lambda store: index)
+    monkeypatch.setattr(f"{here}.list_slides", lambda store: index["slide_id"].tolist())
 
     assert run(f"labels={labels}", f"features={tmp_path}", "dry_run=true") == 2
 

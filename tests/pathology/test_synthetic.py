@@ -9,6 +9,7 @@ from pipelines.pathology.features import extract_features
 from pipelines.pathology.slides import find_slides, open_slide
 from pipelines.pathology.store import read_slide, slide_folder
 from pipelines.pathology.synthetic import (
+    BAG_MARKERS,
     FAR_ISLAND,
     FAR_SHIFT,
     GLASS,
@@ -174,3 +175,17 @@ def test_a_complete_cohort_is_kept_and_another_is_refused(tmp_path):
 def test_impossible_cohorts_are_refused(tmp_path, wrong):
     with pytest.raises(InputError, match=r"near, far|pairs leave"):
         make_cohort(tmp_path, **({"variant": "near"} | SIZES | wrong))
+
+
+def test_bag_slides_differ_in_the_number_of_one_kind_alone():
+    few, many, places = [], [], []
+    for pair in range(200):
+        for label, tiles in enumerate(arrange_pair("bag", seed=5, pair=pair)):
+            found = np.argwhere(kinds(tiles) == LYMPHOCYTES)
+            (few, many)[label].append(len(found))
+            if len(found):
+                places.append((label, found.mean(axis=0)))
+    assert np.mean(few) == pytest.approx(BAG_MARKERS[0], abs=0.5)
+    assert np.mean(many) == pytest.approx(BAG_MARKERS[1], abs=0.8)
+    centres = [np.mean([where for of, where in places if of == label], axis=0) for label in (0, 1)]
+    assert centres[0] == pytest.approx(centres[1], abs=0.6)

@@ -10,8 +10,8 @@ from pipelines.shared.record import open_run
 def test_the_card_says_what_the_run_recorded(tmp_path: Path) -> None:
     config = {
         "verb": "some_train", "labels": "labels.csv", "splits": None, "epochs": 7, "seed": 3,
-        "encoder": {"name": "stats", "weights": None}, "pattern": {"expression": "Dense()"},
-        "model": {"dim": 64}, "optim": {"lr": 0.001}, "tile_px": 256, "mpp": 0.5,
+        "pattern": {"expression": "Dense()"},
+        "model": {"dim": 64}, "optim": {"lr": 0.001},
     }  # fmt: skip
     open_run(tmp_path, config)
     undefined = {"value": None, "low": None, "high": None, "reason": "no example of class b"}
@@ -25,14 +25,16 @@ def test_the_card_says_what_the_run_recorded(tmp_path: Path) -> None:
     }
     (tmp_path / "model.ckpt").write_bytes(b"weights")
 
-    path = write_model_card(tmp_path, metrics)
+    tokens = {"encoder": {"name": "stats", "weights": None}, "plan_hash": "0a1b"}
+
+    path = write_model_card(tmp_path, metrics, tokens=tokens)
 
     text = path.read_text()
     assert path == tmp_path / "model_card.md"
     for words in (
         "- task: classification", "- classes: a, b", "chosen on validation: 0.3700",
         "- labels: labels.csv", "- test rows: 1,200", "- encoder: name stats\n",
-        "- pattern: expression Dense()", "- plan: tile_px 256, mpp 0.5", "- epochs: 7",
+        "- pattern: expression Dense()", "- plan hash: 0a1b", "- epochs: 7",
         "| AUROC | 0.900 [0.800, 0.950] | - (no example of class b) |",
         "- Undefined: auroc of abmil: no example of class b", "One split", "2 items were left out",
         "_to be filled in",
