@@ -26,7 +26,7 @@ from pipelines.shared.splits import SPLITS
 from pipelines.shared.tables import write_failures, write_table
 
 _QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
-_MOST_CURVES = 8
+_MOST_LABELS = 8
 _BINS = 60
 _G, _C = LETTERS.index("G") + 1, LETTERS.index("C") + 1
 
@@ -170,7 +170,7 @@ def write_findings(folder: Path, findings: Findings) -> None:
     groups = _groups(findings.collection)
     _save(_draw_lengths(findings.collection.lengths, groups), folder / "lengths.png")
     if findings.letters is not None:
-        _save(_draw_gc(findings.letters["gc"].to_numpy(), groups), folder / "gc.png")
+        _save(_draw_gc(findings, groups), folder / "gc.png")
     text = json.dumps(findings.plain(), indent=2, ensure_ascii=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     (folder / "report.txt").write_text(findings.text() + "\n", encoding="utf-8")
@@ -222,54 +222,61 @@ def _quantiles(values: Any) -> dict[str, float]:
     return {name: round(float(np.quantile(numbers, at)), 4) for name, at in _QUANTILES.items()}
 
 
-def _groups(collection: Collection) -> dict[str, Int64[ndarray, "K"]]:
-    """Which items a curve is drawn of: by split and label, where these are few."""
+_Groups = Mapping[tuple[str, str], Int64[ndarray, "K"]]
+_LINES = {"train": "-", "val": (0, (4, 1.5)), "test": (0, (1, 1))}
+
+
+def _groups(collection: Collection) -> _Groups:
+    """Which items a curve is drawn of: by split and label, where there are few labels."""
     table = collection.table
-    by = [name for name in ("split", "label") if name in table]
-    for columns in (by, by[:1], by[1:]):
-        if columns and len(table.groupby(columns)) <= _MOST_CURVES:
-            parts = table.groupby(columns, sort=True).indices
-            names = [" ".join(key) if isinstance(key, tuple) else str(key) for key in parts]
-            return dict(zip(names, parts.values(), strict=True))
-    return {"all": np.arange(len(table))}
+    splits = table["split"] if "split" in table else pd.Series([""] * len(table))
+    few = "label" in table and table["label"].nunique() <= _MOST_LABELS
+    labels = table["label"] if few else pd.Series([""] * len(table))
+    parts = pd.DataFrame({"split": splits, "label": labels}).groupby(["split", "label"]).indices
+    order = {name: place for place, name in enumerate(SPLITS)}
+    names = sorted(parts, key=lambda key: (key[1], order.get(key[0], len(order))))
+    return {(str(split), str(label)): parts[split, label] for split, label in names}
 
 
-def _draw_lengths(
-    lengths: Int64[ndarray, "S"], groups: Mapping[str, Int64[ndarray, "K"]]
-) -> Figure:
+def _draw_lengths(lengths: Int64[ndarray, "S"], groups: _Groups) -> Figure:
     low, high = int(lengths.min(initial=1)), int(lengths.max(initial=1))
     wide = high > 20 * max(low, 1)
-    if low == high:
-        edges = np.array([low - 0.5, high + 0.5])
-    elif wide:
+    if wide:
         edges = np.geomspace(max(low, 1), high + 1, _BINS)
     else:
-        edges = np.linspace(low, high + 1, min(_BINS, high - low + 2))
+        edges = np.linspace(low - 0.5, high + 0.5, min(_BINS, high - low + 2))
     figure = _histogram(lengths, edges, groups, "bases")
     if wide:
         figure.axes[0].set_xscale("log")
+    figure.axes[0].xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
-def _draw_gc(gc: ndarray, groups: Mapping[str, Int64[ndarray, "K"]]) -> Figure:
-    return _histogram(100 * gc, np.linspace(0, 100, 51), groups, "GC, %")
+def _draw_gc(findings: Findings, groups: _Groups) -> Figure:
+    """Draw shares of GC, in steps that items of the median length can take."""
+    assert findings.letters is not None, "drawn of sequences"
+    length = max(float(np.median(findings.letters["bases"])), 1.0)
+    step = max(1, round(0.02 * length)) / length
+    edges = 100 * (np.arange(0, 1 + 2 * step, step) - 0.5 / length)
+    return _histogram(100 * findings.letters["gc"].to_numpy(), edges, groups, "GC, %")
 
 
-def _histogram(
-    values: ndarray,
-    edges: ndarray,
-    groups: Mapping[str, Int64[ndarray, "K"]],
-    label: str,
-) -> Figure:
-    """Draw the share of each group's items by value, as steps."""
+def _histogram(values: ndarray, edges: ndarray, groups: _Groups, label: str) -> Figure:
+    """Draw the share of each group's items by value: a colour a label, a kind of line a split."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    for number, (name, rows) in enumerate(groups.items()):
-        of = values[rows]
-        counts = np.histogram(of[~np.isnan(of.astype(float))], bins=edges)[0]
-        share = 100 * counts / max(rows.size, 1)
-        colour = COLOURS[number % len(COLOURS)]
-        axes.stairs(share, edges, label=f"{name} ({rows.size:,})", color=colour, linewidth=1.6)
+    colours = dict(zip(dict.fromkeys(name for _, name in groups), COLOURS * 8, strict=False))
+    for (split, name), rows in groups.items():
+        of = values[rows].astype(float)
+        counts = np.histogram(of[~np.isnan(of)], bins=edges)[0]
+        axes.stairs(
+            100 * counts / max(rows.size, 1),
+            edges,
+            label=f"{name} {split} ({rows.size:,})".strip(),
+            color=colours[name],
+            linestyle=_LINES.get(split, "-"),
+            linewidth=1.4,
+        )
     axes.set_xlabel(label)
     axes.set_ylabel("items, %")
     axes.set_ylim(bottom=0)
