@@ -27,6 +27,7 @@ from pipelines.pathology.manifest import list_slides
 from pipelines.pathology.reading import Source, TileReader
 from pipelines.pathology.slides import SlideError, SlideFile, open_slide
 from pipelines.pathology.store import write_index
+from pipelines.pathology.surveys import survey_folder
 from pipelines.pathology.tiling import TilePlan, grid_size, make_plan
 from pipelines.shared.errors import InputError
 from pipelines.shared.record import finish_run, open_run
@@ -65,7 +66,7 @@ def embed(config: dict[str, Any]) -> int:
     encoder = build_encoder(**config["encoder"])
     out = _record_folder(config)
     store = Path(config["features"] or Path(config["out"]) / "features")
-    surveys = _surveys(config["tiles"])
+    surveys = survey_folder(config["tiles"])
     if config["dry_run"]:
         return _dry_run(slides, store, plan, encoder, config["read_with"], surveys)
     open_run(out, config, volatile=VOLATILE)
@@ -122,15 +123,6 @@ def _slides(config: dict[str, Any]) -> list[SlideFile]:
     if not isinstance(given, int | float) or not given > 0:
         raise InputError(f"slide_mpp must be a positive number of um per pixel; got {given!r}")
     return [s if s.mpp is not None else replace(s, mpp=float(given)) for s in slides]
-
-
-def _surveys(tiles: str | None) -> Path | None:
-    if tiles is None:
-        return None
-    folder = Path(tiles) / "surveys"
-    if not folder.is_dir():
-        raise InputError(f"tiles={tiles} holds no surveys; give the out= folder of a run of `tile`")
-    return folder
 
 
 def _parse_worker(text: str) -> tuple[int, int]:

@@ -130,6 +130,7 @@ def stream_features(
     mpps: Mapping[str, float] | None = None,
     workers: int | None = None,
     ahead: bool = True,
+    surveys: Path | None = None,
 ) -> Iterator[tuple[str, Outcome | None]]:
     """Yield the id of each slide when its features are there, or why they will not be.
 
@@ -140,7 +141,8 @@ def stream_features(
     """
     given = mpps or {}
     jobs = [
-        Job(slide, store, plan, encoder, given.get(slide.slide_id, slide.mpp)) for slide in slides
+        Job(slide, store, plan, encoder, given.get(slide.slide_id, slide.mpp), surveys=surveys)
+        for slide in slides
     ]
     refuse_others(jobs, new_thresholds=False)
     store.mkdir(parents=True, exist_ok=True)
@@ -158,13 +160,14 @@ def expected_provenances(
     plan: TilePlan,
     encoder: TileEncoder,
     mpps: Mapping[str, float] | None = None,
+    surveys: Path | None = None,
 ) -> dict[str, dict[str, object]]:
     """What features of these slides would be made from, by slide id; of those that can be read."""
     found = {}
     for slide in slides:
         mpp = (mpps or {}).get(slide.slide_id, slide.mpp)
         try:
-            provenance = Job(slide, Path(), plan, encoder, mpp).provenance()
+            provenance = Job(slide, Path(), plan, encoder, mpp, surveys=surveys).provenance()
         except OSError:
             continue
         found[slide.slide_id] = asdict(provenance)

@@ -212,7 +212,7 @@ def _plan_difference(job: Job) -> str:
     there, here = _stored(job).attributes.get("plan", {}), job.plan.params
     keys = [key for key in here if there.get(key) != here[key]]
     changes = ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in keys)
-    return changes or "chosen from another survey"
+    return changes or "chosen from another survey (tiles=)"
 
 
 def _same_grid(job: Job) -> bool:

@@ -21,13 +21,14 @@ from pipelines.pathology.slides import SlideFile
 from pipelines.pathology.store import read_provenance, slide_folder
 from pipelines.pathology.stored_features import STORED_ENCODER, match_stored
 from pipelines.pathology.study import TASK
+from pipelines.pathology.surveys import survey_folder
 from pipelines.pathology.tiling import TilePlan
 from pipelines.shared.checkpoint import LoadedModel, load_model
 from pipelines.shared.errors import InputError
 from pipelines.shared.record import finish_run, open_run
 from pipelines.shared.tables import Failure, write_failures
 
-_VOLATILE = ("out", "num_workers", "device", "max_tokens")
+_VOLATILE = ("out", "num_workers", "tiles", "device", "max_tokens")
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
@@ -167,6 +168,7 @@ def _ready(
         mpps=_mpps(config, source.slides),
         workers=config["num_workers"] or None,
         ahead=config["keep_features"],
+        surveys=survey_folder(config["tiles"]),
     ):
         name = case_of[slide_id]
         waiting[name].discard(slide_id)
@@ -198,7 +200,11 @@ def _from_slides(config: dict[str, Any], model: LoadedModel) -> _Source:
     files = list_slides(config["slides"], root=config["root"], **said)
     slides = {file.slide_id: file for file in files}
     provenances = expected_provenances(
-        files, plan=plan, encoder=encoder, mpps=_mpps(config, slides)
+        files,
+        plan=plan,
+        encoder=encoder,
+        mpps=_mpps(config, slides),
+        surveys=survey_folder(config["tiles"]),
     )
     store = Path(config["features"] or Path(config["out"]) / "features")
     patients, refused = _patients(config, model, list(slides))

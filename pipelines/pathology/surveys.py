@@ -17,6 +17,7 @@ from PIL import Image
 from pipelines.pathology.tiling import Survey
 from pipelines.pathology.tissue import TissueMask
 from pipelines.shared.asides import aside_of
+from pipelines.shared.errors import InputError
 
 SCHEMA = 1
 _ENDING = ".npz"
@@ -27,6 +28,19 @@ _FLAG, _WHERE = "flagged_", "where_"
 def survey_file(folder: Path, slide_id: str) -> Path:
     """Return where a slide's survey stands."""
     return folder / f"{slide_id}{_ENDING}"
+
+
+def survey_folder(tiles: str | None) -> Path | None:
+    """Return where the surveys of a run of `tile` are, `tiles` being its out=; None gives None.
+
+    Raises InputError where there are none.
+    """
+    if tiles is None:
+        return None
+    folder = Path(tiles) / "surveys"
+    if not folder.is_dir():
+        raise InputError(f"tiles={tiles} holds no surveys; give the out= folder of a run of `tile`")
+    return folder
 
 
 def write_survey(path: Path, survey: Survey, made_from: Mapping[str, object]) -> None:

@@ -23,6 +23,7 @@ from pipelines.pathology.slides import SlideFile
 from pipelines.pathology.store import read_index, slide_folder
 from pipelines.pathology.stored_features import FeatureSource, find_source, have_overviews
 from pipelines.pathology.study import Study
+from pipelines.pathology.surveys import survey_folder
 from pipelines.pathology.synthetic import make_cohort
 from pipelines.pathology.tiling import make_plan
 from pipelines.shared.errors import InputError
@@ -41,6 +42,7 @@ def train(config: dict[str, Any]) -> int:
     if config["features"] and config["labels"] and not config["slides"]:
         return _train_on_stored(config, settings)
     plan = make_plan(config)
+    surveys = survey_folder(config["tiles"])
     encoder = build_encoder(**config["encoder"])
     _check_networks(config, encoder.dim)
     slides, labels = input_files(config)
@@ -58,6 +60,7 @@ def train(config: dict[str, Any]) -> int:
         mpps=_given_mpps(files, table, labels),
         workers=config["num_workers"] or None,
         progress=config["trainer"]["progress"],
+        surveys=surveys,
     )
     failures += report.failures
     for failure in failures:
