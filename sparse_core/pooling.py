@@ -71,6 +71,14 @@ def is_pooled(pattern: Pattern) -> bool:
     return isinstance(pattern, Hierarchical) or any(map(is_pooled, parts))
 
 
+def check_axes(pattern: Pattern, dims: int) -> None:
+    """Raise ValueError if a pattern, pooled or not, makes no layout with so many axes."""
+    if not is_pooled(pattern):
+        pattern.terms(dims)
+    elif _plan(pattern).causal and dims > 1:
+        raise ValueError(f"{pattern!r}: cells have an order in one dimension only")
+
+
 def build_pooled_layout(
     pattern: Pattern,
     coords: Int[Tensor, "T P"] | Int[Tensor, "T"] | int,
@@ -90,8 +98,7 @@ def build_pooled_layout(
     """
     plan = _plan(pattern)
     tokens, segment = sequence_tokens(coords, segments, device)
-    if plan.causal and tokens.coords.shape[1] > 1:
-        raise ValueError(f"{pattern!r}: cells have an order in one dimension only")
+    check_axes(pattern, tokens.coords.shape[1])
     members = plan.members.contains(tokens.index)
     tree = _grow(plan.pattern, tokens.coords.long(), segment, ~members)
     cell, entries = _entries(tree, plan)

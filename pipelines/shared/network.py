@@ -15,6 +15,7 @@ from sparse_core.nn import SparseEncoder
 from sparse_core.nn.attention import AnyLayout
 from sparse_core.ops import Backend
 from sparse_core.patterns import GlobalTokens, Pattern
+from sparse_core.pooling import check_axes
 
 HeadNorm = Literal["layer", "batch"]
 
@@ -78,7 +79,7 @@ class SequenceClassifier(nn.Module):
         patterns = read_patterns(pattern, depth)
         for known in patterns:
             if known is not None:
-                known.terms(coord_dims)  # raises if it asks for axes that are not there
+                check_axes(known, coord_dims)
         self.stem = stem
         self.encoder = SparseEncoder(
             dim,
