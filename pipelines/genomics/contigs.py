@@ -9,7 +9,10 @@ from pipelines.shared.errors import InputError
 _NUM_SHOWN = 5
 _MITOCHONDRIA = frozenset({"m", "mt", "mito", "mitochondrion", "mtdna"})
 _PREFIX = re.compile(r"^(chromosome|chrom|chr)[_\s-]?", re.IGNORECASE)
-_VERSION = re.compile(r"\.\d+$")
+_ACCESSION = re.compile(
+    r"\b(?P<number>[a-z]{1,6}_?[a-z]{0,4}\d{5,})\.(?P<version>\d+)$", re.IGNORECASE
+)
+"""An accession with its version (INSDC, RefSeq): another version is another sequence."""
 _REFSEQ_CHROMOSOMES = {
     # accessions of one species stand in the order of its chromosomes (NCBI RefSeq)
     "human": (1, [*map(str, range(1, 23)), "x", "y"]),
@@ -57,10 +60,10 @@ def match_contigs(
 
     A name is looked for as it is; then among the ids by what `aliases` says of it (the rows of a
     GFF that describe a contig); then by what all spellings of one contig have in common: `chr`
-    before it, capitals, the several names of a mitochondrion, an accession's version, an accession
-    among bars, and the accessions of human and mouse chromosomes. The first that finds anything
-    counts. Raises InputError where it finds two records, where two names find one record, and
-    where no name finds any; `where` is the file that messages name.
+    before it, capitals, the several names of a mitochondrion, an accession with or without its
+    version (not two versions), one among bars, and the accessions of human and mouse chromosomes.
+    The first that finds anything counts. Raises InputError where it finds two records, where two
+    names find one record, and where no name finds any; `where` is the file that messages name.
     """
     exact = {name: row for row, name in enumerate(ids)}
     spellings: dict[str, set[int]] = {}
@@ -69,7 +72,7 @@ def match_contigs(
             spellings.setdefault(spelling, set()).add(row)
     distinct = list(dict.fromkeys(names))
     found = {
-        name: _find(name, exact, spellings, (aliases or {}).get(name, ())) for name in distinct
+        name: _find(name, ids, exact, spellings, (aliases or {}).get(name, ())) for name in distinct
     }
     for name, rows in found.items():
         if len(rows) > 1:
@@ -92,16 +95,24 @@ def match_contigs(
 
 
 def _find(
-    name: str, exact: Mapping[str, int], spellings: Mapping[str, set[int]], others: Sequence[str]
+    name: str,
+    ids: Sequence[str],
+    exact: Mapping[str, int],
+    spellings: Mapping[str, set[int]],
+    others: Sequence[str],
 ) -> set[int]:
     if name in exact:
         return {exact[name]}
-    for candidates in (others, [name], ()):
+    for candidates in (others, [name]):
         rows = {exact[other] for other in candidates if other in exact}
         if not rows:
-            rows = {
-                row for c in candidates for key in _spellings(c) for row in spellings.get(key, ())
-            }
+            found = (
+                (row, candidate)
+                for candidate in candidates
+                for spelling in _spellings(candidate)
+                for row in spellings.get(spelling, ())
+            )
+            rows = {row for row, candidate in found if _same_version(candidate, ids[row])}
         if rows:
             return rows
     return set()
@@ -109,19 +120,34 @@ def _find(
 
 def _spellings(name: str) -> Iterator[str]:
     """Yield what all names of one contig have in common; several where a name holds several."""
-    words = [word for word in name.split("|") if word] if "|" in name else [name]
-    for word in words:
-        if len(words) > 1 and not re.search(r"\d", word):
-            continue  # database names among bars: gi|...|ref|...
-        plain = _PREFIX.sub("", word.strip()).lower() or word.lower()
+    for word in _words(name):
+        plain = _PREFIX.sub("", word).lower() or word.lower()
         if plain in _MITOCHONDRIA:
             yield "mt"
             continue
-        unversioned = _VERSION.sub("", plain)
-        chromosome = _REFSEQ.get(unversioned)
-        if chromosome is not None:
-            yield chromosome
-        yield unversioned.lstrip("0") if unversioned.isdigit() else unversioned
+        accession = _ACCESSION.fullmatch(plain)
+        number = accession["number"] if accession else plain
+        if number in _REFSEQ:
+            yield _REFSEQ[number]
+        yield number.lstrip("0") if number.isdigit() else number
+
+
+def _words(name: str) -> list[str]:
+    """The names among bars (gi|...|ref|...|), without those of databases; else the name itself."""
+    if "|" not in name:
+        return [name.strip()]
+    return [word.strip() for word in name.split("|") if re.search(r"\d", word)]
+
+
+def _same_version(name: str, other: str) -> bool:
+    """Tell whether neither name says the version of an accession that the other contradicts."""
+    mine, theirs = _versions(name), _versions(other)
+    return not (mine and theirs) or bool(mine & theirs)
+
+
+def _versions(name: str) -> set[str]:
+    found = (_ACCESSION.fullmatch(word) for word in _words(name))
+    return {match["version"] for match in found if match}
 
 
 def _refuse_shared(record_of: Mapping[str, int], ids: Sequence[str], where: str) -> None:

@@ -41,7 +41,17 @@ def test_equal_names_need_no_report():
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"), [("chr1", "11"), ("chr2", "chrII"), ("X", "10"), ("NC_000001", "NC_000010")]
+    ("theirs", "ours"),
+    [
+        ("chr1", "11"),
+        ("chr2", "chrII"),
+        ("X", "10"),
+        ("NC_000001", "NC_000010"),
+        ("NC_000001.10", "NC_000001.11"),
+        ("NC_005816.2", "gi|45478711|ref|NC_005816.1|"),
+        ("scaffold.2", "scaffold.1"),
+        ("ref", "gi|45478711|ref|NC_005816.1|"),
+    ],
 )
 def test_what_is_no_other_name_is_unknown(theirs, ours):
     with pytest.raises(InputError, match="none of its contigs"):
