@@ -94,6 +94,21 @@ def match_contigs(
     )
 
 
+def compare_lengths(
+    match: ContigMatch, said: Mapping[str, int], lengths: Sequence[int], *, where: str
+) -> list[str]:
+    """Note where a file says another length of a contig than its record has: another assembly."""
+    differing = [
+        f"{name} has {said[name]:,} there and {int(lengths[row]):,} here"
+        for name, row in match.record_of.items()
+        if name in said and said[name] != int(lengths[row])
+    ]
+    if not differing:
+        return []
+    count, shown = f"{len(differing):,}", _some(differing)
+    return [f"{where}: lengths of contigs differ ({count}): {shown}; is it another assembly?"]
+
+
 def _find(
     name: str,
     ids: Sequence[str],

@@ -41,8 +41,10 @@ def read_features(path: Path, columns: Mapping[str, str], feature: str | None) -
     skipped: list[Failure] = []
     aliases: dict[str, tuple[str, ...]] = {}
     circular = set()
+    lengths: dict[str, int] = {}
     for record in _records(path):
         _check_nucleotides(path, record)
+        lengths[record.id] = len(record.seq)
         aliases[record.id] = tuple(dict.fromkeys(_other_names(record)))
         if record.annotations.get("topology") == "circular":
             circular.add(record.id)
@@ -68,6 +70,7 @@ def read_features(path: Path, columns: Mapping[str, str], feature: str | None) -
         tuple(skipped),
         aliases=aliases,
         circular=frozenset(circular),
+        lengths=lengths,
     )
 
 

@@ -24,6 +24,7 @@ from pipelines.shared.errors import InputError
 _CONTIG_KINDS = ("region", "chromosome", "contig", "scaffold", "source", "biological_region")
 """Types whose rows describe a whole contig, and may name it otherwise."""
 _NAMES = ("Name", "chromosome", "Alias")
+_SEQUENCE_REGION = re.compile(r"##sequence-region\s+(\S+)\s+1\s+(\d+)\s*$")
 _ENOUGH = 3
 _GTF_ATTRIBUTE = re.compile(r'\s*([\w.:-]+)\s+(?:"([^"]*)"|([^";\s]+))\s*(?:;|$)')
 
@@ -53,9 +54,12 @@ def read_gff(
     kinds: Counter[str] = Counter()
     aliases: dict[str, tuple[str, ...]] = {}
     circular = set()
+    lengths: dict[str, int] = {}
     for number, line in read_lines(path, "GFF file"):
         if line.startswith("##FASTA"):
             break
+        if region := _SEQUENCE_REGION.match(line):
+            lengths[unquote(region[1])] = int(region[2])
         if not line.strip() or line.startswith("#"):
             continue
         row = _row(path, number, line, gtf=gtf)
@@ -80,6 +84,7 @@ def read_gff(
         intervals,
         aliases=aliases,
         circular=frozenset(circular),
+        lengths=lengths,
         notes=tuple(_suspicions(path, intervals)),
     )
 

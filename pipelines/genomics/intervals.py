@@ -75,6 +75,8 @@ class IntervalFile:
     """Other names of contigs."""
     circular: frozenset[str] = frozenset()
     """Contigs that the file calls circular: a feature may run on past the origin."""
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    """Bases of contigs, where the file says so."""
     notes: tuple[str, ...] = ()
     """What looks wrong and is taken as it is written."""
 

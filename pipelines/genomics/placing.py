@@ -9,7 +9,7 @@ from jaxtyping import Bool, UInt8
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import NUM_BASES, reverse_complement
-from pipelines.genomics.contigs import ContigMatch, match_contigs
+from pipelines.genomics.contigs import ContigMatch, compare_lengths, match_contigs
 from pipelines.genomics.intervals import Interval, IntervalFile, Part
 from pipelines.genomics.store import SequenceStore
 from pipelines.shared.errors import InputError
@@ -110,6 +110,8 @@ def place(
         where=str(file.path),
     )
     circular = _circular(file, store, contigs)
+    lengths = compare_lengths(contigs, file.lengths, store.lengths.tolist(), where=str(file.path))
+    suspicions = (*file.notes, *lengths)
     placed: list[Placed] = []
     failures = list(file.skipped)
     for interval in file:
@@ -130,7 +132,7 @@ def place(
         raise InputError(f"{first.path}: {first.reason}; {first.remedy}")
     if not placed:
         raise InputError(f"{file.path}: no interval is left: {failures[-1].reason}")
-    return Placement(tuple(placed), tuple(failures), contigs, file.notes)
+    return Placement(tuple(placed), tuple(failures), contigs, suspicions)
 
 
 def fetch(

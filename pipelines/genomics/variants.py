@@ -4,8 +4,9 @@ Format: VCF 4.5 (hts-specs), positions from 1. The lines are parsed here and not
 refuses files without a #CHROM line or contig headers, and names neither line nor remedy.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,7 +16,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import LETTERS, decode, encode
-from pipelines.genomics.contigs import ContigMatch, match_contigs
+from pipelines.genomics.contigs import ContigMatch, compare_lengths, match_contigs
 from pipelines.genomics.lines import bad_line, read_lines, whole_number
 from pipelines.genomics.store import SequenceStore
 from pipelines.shared.errors import InputError
@@ -24,6 +25,7 @@ from pipelines.shared.tables import Failure
 ReferencePolicy = Literal["error", "warn", "use_vcf"]
 POLICIES = get_args(ReferencePolicy)
 
+_CONTIG = re.compile(r"##contig=<(?:.*,)?ID=([^,>]+),(?:.*,)?length=(\d+)")
 _NUM_SHOWN = 3
 _STEP = 256
 """Bases read at once on the way to the left."""
@@ -65,6 +67,8 @@ class VariantFile:
     """What each line says of REF: variants without an ALT."""
     variants: tuple[Variant, ...]
     skipped: tuple[Failure, ...]
+    lengths: Mapping[str, int]
+    """Bases of contigs, by the header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +94,14 @@ class CheckedVariants:
     """Lines whose REF was compared."""
     num_matching: int
     """Lines whose REF is what stands in the sequences."""
+    suspicions: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """Say in a line each what was renamed, moved, and left out."""
         moved = sum(item.variant.position != item.written.position for item in self.placed)
         statuses = Counter(failure.status for failure in self.failures)
         return [
+            *self.suspicions,
             *self.contigs.notes(),
             f"{self.num_matching:,} of {self.num_checked:,} REF alleles match the sequences",
             *([f"alleles trimmed or moved to the left: {moved:,}"] if moved else []),
@@ -113,12 +119,15 @@ def read_vcf(path: str | Path) -> VariantFile:
     lines: list[Variant] = []
     variants: list[Variant] = []
     skipped: list[Failure] = []
+    lengths: dict[str, int] = {}
     for number, line in read_lines(path, "VCF file"):
         if number == 1 and not line.startswith("##fileformat=VCF"):
             raise InputError(
                 f"{path} is no VCF: its first line is {line[:40]!r}, not ##fileformat=VCFv4...; "
                 "give a VCF file"
             )
+        if contig := _CONTIG.match(line):
+            lengths[contig[1]] = int(contig[2])
         if not line.strip() or line.startswith("#"):
             continue
         written, alts = _line(path, number, line)
@@ -131,7 +140,7 @@ def read_vcf(path: str | Path) -> VariantFile:
                 skipped.append(_left_out(written, alt, reason))
     if not lines:
         raise InputError(f"{path} has no variants, only its header; give a VCF with some")
-    return VariantFile(path, tuple(lines), tuple(variants), tuple(skipped))
+    return VariantFile(path, tuple(lines), tuple(variants), tuple(skipped), lengths)
 
 
 def check_reference(
@@ -148,6 +157,9 @@ def check_reference(
     if policy not in POLICIES:
         raise InputError(f"check_ref is {', '.join(POLICIES)}; got {policy!r}")
     contigs = match_contigs((line.contig for line in file.lines), store.ids, where=str(file.path))
+    suspicions = compare_lengths(
+        contigs, file.lengths, store.lengths.tolist(), where=str(file.path)
+    )
     matches = _compare(file.lines, store, contigs)
     wrong = [line for line in file.lines if matches.get(line.source) is False]
     if wrong and policy == "error":
@@ -166,7 +178,12 @@ def check_reference(
         reason = f": {failures[0].reason}" if failures else ""
         raise InputError(f"{file.path}: no variant is left{reason}")
     return CheckedVariants(
-        tuple(placed), tuple(failures), contigs, len(matches), sum(matches.values())
+        tuple(placed),
+        tuple(failures),
+        contigs,
+        len(matches),
+        sum(matches.values()),
+        tuple(suspicions),
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.genomics.contigs import match_contigs
+from pipelines.genomics.contigs import compare_lengths, match_contigs
 from pipelines.shared.errors import InputError
 
 
@@ -77,3 +77,12 @@ def test_unknown_contigs_are_listed_beside_known_ones():
     match = match_contigs(["chr1", "chrUn_7"], ["chr1"], where="file.bed")
     assert match.unknown == ("chrUn_7",)
     assert match.notes() == ["contigs that are not in the sequences (1): chrUn_7"]
+
+
+def test_other_lengths_are_noted():
+    match = match_contigs(["chr1", "chr2"], ["1", "2"], where="x")
+    said = {"chr1": 249_250_621, "chr2": 5, "chr3": 7}
+    (note,) = compare_lengths(match, said, [248_956_422, 5], where="calls.vcf")
+    assert "calls.vcf: lengths of contigs differ (1)" in note
+    assert "chr1 has 249,250,621 there and 248,956,422 here" in note
+    assert compare_lengths(match, {"chr2": 5}, [1, 5], where="x") == []

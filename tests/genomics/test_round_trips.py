@@ -140,8 +140,9 @@ def test_gff_and_genbank_of_phix_agree_but_for_the_starts_that_count_from_zero(g
     """
     ours, _ = coding(genomes, stored, "phix174_NC_001422.gbk", "phix174_NC_001422.gbk")
     found, placement = coding(genomes, stored, "phix174_NC_001422.gbk", "phix174_NC_001422.gff")
-    (note,) = placement.suspicions
-    assert "all 11 coding sequences are one base longer than whole codons" in note
+    frames, lengths = placement.suspicions
+    assert "all 11 coding sequences are one base longer than whole codons" in frames
+    assert "NC_001422.1 has 5,522 there and 5,386 here" in lengths
     assert sum("across the origin" in item.flags for item, _ in found) == 2
     known = {text for _, text in ours}
     equal = [text[1:] in known for _, text in found]

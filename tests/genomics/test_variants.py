@@ -188,3 +188,12 @@ def test_a_ref_that_differs_is_written_into_the_sequence_if_so_asked(vcf, store)
     (item,) = check_reference(read_vcf(vcf("1\t5\tb\tT\tG")), store, policy="use_vcf").placed
     kept, written = (allele_windows(store, item, 5, policy=p)[1] for p in ("warn", "use_vcf"))
     assert (decode(kept), decode(written)) == ("GCACA", "GCTCA")
+
+
+@pytest.mark.parametrize(
+    "order", ["ID=1,length=99", "assembly=x,ID=1,length=99", "ID=1,md5=0,length=99"]
+)
+def test_lengths_of_the_header_are_compared(order, vcf, store):
+    path = vcf("1\t4\t.\tC\tG", header=f"##fileformat=VCFv4.2\n##contig=<{order},species=y>\n")
+    (note, *_) = check_reference(read_vcf(path), store).notes()
+    assert "1 has 99 there and 15 here" in note
