@@ -16,7 +16,7 @@ from numpy import ndarray
 from pipelines.genomics.alphabet import encode
 from pipelines.genomics.fasta import split_records
 from pipelines.genomics.folders import Part, list_parts
-from pipelines.genomics.formats import TABLES, WANTED, Format, seekable, tell_format
+from pipelines.genomics.formats import TABLES, WANTED, Format, tell_format
 from pipelines.genomics.genbank import split_genbank
 from pipelines.genomics.letters import LetterError, Letters, Reading, read_letters
 from pipelines.genomics.opening import STDIN, Source, open_source, reading_errors
@@ -298,8 +298,10 @@ def _read_genbank(source: Source) -> Iterator[RawRecord]:
 
 
 def _read_twobit(source: Source) -> Iterator[RawRecord]:
+    if source.compression != "none" or source.size is None:
+        raise InputError(f"{source.name} is packed or piped 2bit; give the 2bit file itself")
     try:
-        for number, record in enumerate(SeqIO.parse(seekable(source), "twobit"), start=1):
+        for number, record in enumerate(SeqIO.parse(source.stream, "twobit"), start=1):
             yield RawRecord(Place(source.name, number), record.id, "", bytes(record.seq))
     except (ValueError, EOFError, RuntimeError, OverflowError, MemoryError) as error:
         raise InputError(

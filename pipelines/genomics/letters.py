@@ -121,7 +121,7 @@ def count_letters(text: UInt8[ndarray, "T"], letters: bytes) -> dict[str, int]:
 def _unwrap(text: UInt8[ndarray, "T"]) -> UInt8[ndarray, "U"]:
     """Drop line breaks; where all lines are of one length, by copying a table's columns."""
     end = text.size
-    while end and text[end - 1] in WHITESPACE:
+    while end and text[end - 1] in b"\r\n":
         end -= 1
     text = text[:end]
     breaks = np.flatnonzero(text[:_LONGEST_LINE] == ord("\n"))

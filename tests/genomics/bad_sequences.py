@@ -156,6 +156,7 @@ ROWS_B: list[Row] = [
     ("prose", text("Dear all\nthe genome\n"), INGEST, 2, ["line 1", "'Dear all'"]),
     ("other binary", text(bytes(range(1, 200)) + bytes(90)), INGEST, 2, ["binary"]),
     ("half a 2bit", text(b"\x43\x27\x41\x1a" + bytes(3)), INGEST, 2, ["{input}", "no records"]),
+    ("a packed 2bit", text(gzip.compress(b"\x43\x27\x41\x1a" + bytes(40))), INGEST, 2, ["2bit"]),
     ("a store as sequences", a_store, INGEST, 2, ["made is a store", "store="]),
     ("sequences as a store", text(">a\nACGT\n"), ["ingest", "sequences={input}", "store={input}"],
      2, ["is no sequence store; remove it or name another"]),

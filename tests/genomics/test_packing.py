@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.genomics import packing
+from pipelines.genomics.alphabet import decode, encode
+from pipelines.genomics.packing import count_gc, find_runs, pack, unpack
+
+
+def ascii_codes(text):
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+@given(st.text("ACGT", max_size=100))
+def test_unpacking_undoes_packing(text):
+    packed = pack(ascii_codes(text))
+    assert packed.size == -(-len(text) // 4)
+    assert decode(unpack(packed)[: len(text)]) == text
+
+
+def test_first_base_stands_in_the_lowest_bits():
+    assert pack(ascii_codes("CGTA")).tolist() == [0b00_11_10_01]
+    assert pack(ascii_codes("T")).tolist() == [0b11]
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 129, 1000])
+def test_pieces_do_not_matter(monkeypatch, size):
+    letters = np.random.default_rng(size).choice(ascii_codes("ACGT"), size)
+    whole = pack(letters)
+    monkeypatch.setattr(packing, "_PIECE", 64)
+    assert np.array_equal(pack(letters), whole)
+    assert np.array_equal(unpack(whole)[:size], encode(letters.tobytes()))
+
+
+@given(st.lists(st.text("ACGT", min_size=1, max_size=30), min_size=1))
+def test_gc_is_counted_by_stretch(texts):
+    padded = [text + "A" * (-len(text) % 4) for text in texts]
+    starts = np.cumsum([0] + [len(text) // 4 for text in padded[:-1]])
+    counted = count_gc(pack(ascii_codes("".join(padded))), starts)
+    assert counted.tolist() == [text.count("G") + text.count("C") for text in texts]
+
+
+@given(st.lists(st.integers(0, 2), max_size=30))
+def test_runs_cover_all_and_hold_one_value_each(values):
+    values = np.array(values, dtype=np.uint8)
+    runs = find_runs(values)
+    assert [*runs[:, 0], values.size] == [0, *runs[:, 1]]
+    assert all(len(set(values[start:end])) == 1 for start, end in runs)
+    assert all(values[end - 1] != values[end] for end in runs[:-1, 1])
