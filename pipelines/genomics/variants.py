@@ -1,7 +1,8 @@
 """Variants of a VCF: one per alternative allele, trimmed, left-aligned, REF held to the sequences.
 
 Format: VCF 4.5 (hts-specs), positions from 1. The lines are parsed here and not by htslib, which
-refuses files without a #CHROM line or contig headers, and names neither line nor remedy.
+refuses a file without its #CHROM line (as tools for variant effects write them), and names neither
+the line of an error nor the remedy.
 """
 
 import re
