@@ -83,7 +83,7 @@ def contents(store):
     """Ids with their letters, lower case where they are masked."""
     found = {}
     for record, name in enumerate(store.ids):
-        letters = np.array(list(decode(store.read(record))))
+        letters = np.array(list(decode(store.read(record))), dtype="U1")
         masked = store.mask(record)
         letters[masked] = np.char.lower(letters[masked])
         found[name] = "".join(letters)

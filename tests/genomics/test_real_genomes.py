@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pandas as pd
+import pysam
 import pytest
 from Bio import SeqIO, bgzf
 
@@ -14,7 +15,9 @@ from pipelines.genomics.baseline import fit_kmer_baseline
 from pipelines.genomics.data import WindowDataset, match_labels, read_label_table
 from pipelines.genomics.duplicates import find_copies
 from pipelines.genomics.genome import read_records
-from pipelines.genomics.ingest import ingest
+from pipelines.genomics.ingest import ingest, read_report
+from pipelines.genomics.letters import Reading
+from pipelines.genomics.sequence_tables import Columns
 from pipelines.shared.errors import InputError
 from pipelines.shared.evaluation import evaluate
 from pipelines.shared.splits import assign_splits
@@ -80,6 +83,105 @@ def test_real_block_gzip_cut_at_a_block_boundary_is_refused(genomes, tmp_path, n
         assert handle.read().startswith(b">")  # gzip alone notices nothing
     with pytest.raises(InputError, match="without its end marker"):
         list(read_records(cut))
+
+
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [
+        ("yeast_R64-1-1.dna.toplevel.fa.gz", False),
+        ("human_hg38_1m.fa.gz", False),
+        ("nucleus_unindexed_emptylines.fasta", True),
+    ],
+)
+def test_random_access_by_index_equals_the_store(genomes, tmp_path, name, masked):
+    """Through .fai and .gzi, as pysam reads them; without them, by the whole text."""
+    store = ingest(genomes / name, tmp_path / "store")
+    generator = np.random.default_rng(0)
+    if masked:
+        with (genomes / name).open() as file:
+            whole = {record.id: str(record.seq) for record in SeqIO.parse(file, "fasta")}
+        fetch = lambda contig, start, end: whole[contig][start:end]  # noqa: E731
+    else:
+        index = pysam.FastaFile(str(genomes / name))
+        fetch = index.fetch
+        assert list(index.references) == list(store.ids)
+        assert list(index.lengths) == store.lengths.tolist()
+    for record in generator.integers(0, len(store), 200):
+        start, end = np.sort(generator.integers(0, store.lengths[record] + 1, 2))
+        end = min(end, start + 5000)
+        text = decode(store.read(int(record), int(start), int(end)))
+        letters = np.array(list(text), dtype="U1")
+        mask = store.mask(int(record), int(start), int(end))
+        letters[mask] = np.char.lower(letters[mask])
+        assert "".join(letters) == fetch(store.ids[record], int(start), int(end))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("phix174_NC_001422.fna", "phix174_NC_001422.gbk"),
+        ("biopython_NC_005816.fna", "biopython_NC_005816.gb"),
+        ("sarscov2_MN908947.fasta", "sarscov2_MN908947.gb"),
+    ],
+)
+def test_genbank_holds_the_letters_of_its_fasta(genomes, one, other):
+    (fasta,), (genbank,) = (list(read_records(genomes / name)) for name in (one, other))
+    assert np.array_equal(fasta.tokens, genbank.tokens)
+    assert genbank.circular == (other != "sarscov2_MN908947.gb")
+    assert genbank.id in fasta.id
+
+
+def test_a_2bit_genome_equals_biopython(genomes):
+    (record,) = read_records(genomes / "jbrowse_T_ko.2bit")
+    with (genomes / "jbrowse_T_ko.2bit").open("rb") as file:
+        (expected,) = SeqIO.parse(file, "twobit")
+        assert decode(record.tokens) == bytes(expected.seq).decode().upper()
+    assert (record.id, record.tokens.size) == ("chr1", 2_088_737)
+
+
+def test_the_soft_mask_of_the_worm_comes_back(genomes, tmp_path):
+    store = ingest(genomes / "celegans_augustus_chrI_1Mb_softmasked.fa.gz", tmp_path / "worm")
+    with gzip.open(genomes / "celegans_augustus_chrI_1Mb_softmasked.fa.gz", "rt") as file:
+        text = "".join(line.strip() for line in file if line[0] != ">")
+    assert np.array_equal(store.mask(0), [letter.islower() for letter in text])
+    assert decode(store.read(0)) == text.upper()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "conflicts"),
+    [("prom_300_tata", (4904, 613, 613), 10), ("prom_core_all", (47356, 5920, 5920), 40)],
+)
+def test_a_gue_set_is_read_as_it_comes(genomes, tmp_path, name, sizes, conflicts):
+    (tmp_path / name).mkdir()
+    for split in ("train", "dev", "test"):
+        (tmp_path / name / f"{split}.csv.gz").symlink_to(genomes / f"gue_{name}_{split}.csv.gz")
+    store = ingest(tmp_path / name, tmp_path / "store")
+    counts = pd.Series(store.splits).value_counts()
+    assert (counts["train"], counts["val"], counts["test"]) == sizes
+    assert set(store.labels) == {"0", "1"}
+    report = read_report(store)
+    both = [c for c in report["conflicts"] if c["splits"].count("train") > 1]
+    in_train = [
+        c for c in both
+        if len({lab for lab, s in zip(c["labels"], c["splits"], strict=True) if s == "train"}) > 1
+    ]  # fmt: skip
+    assert len(in_train) == conflicts
+    assert report["copies"]["across_splits"] > 0
+
+
+def test_the_splice_sites_of_uci_are_read_by_place(genomes, tmp_path):
+    columns = Columns({"label": "1", "id": "2", "sequence": "3"})
+    reading = Reading(duplicate_ids="suffix")
+    store = ingest(genomes / "uci_splice.data", tmp_path / "s", columns=columns, reading=reading)
+    assert pd.Series(store.labels).value_counts().to_dict() == {"N": 1655, "IE": 768, "EI": 767}
+    assert set(store.lengths) == {60}
+    assert (store.counts.n, store.counts.iupac) == (56, 4)
+
+
+def test_yeast_takes_little_room(genomes, tmp_path):
+    store = ingest(genomes / "yeast_R64-1-1.dna.toplevel.fa.gz", tmp_path / "yeast")
+    on_disk = sum(512 * entry.stat().st_blocks for entry in store.path.rglob("*"))
+    assert on_disk <= 0.35 * store.counts.bases
 
 
 @pytest.mark.parametrize(

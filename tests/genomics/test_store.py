@@ -137,3 +137,71 @@ def test_store_travels_to_a_worker(tmp_path):
 def test_padding_never_enters_a_store(tmp_path):
     store = ingest(write_fasta(tmp_path / "x.fa", draw_records(LENGTHS)), tmp_path / "s")
     assert min(store.read(i).min() for i in range(len(store))) == encode("A")[0]
+
+
+MASKED = {"a": "acGTNNNRyk", "b": "C", "c": "ggggg" * 30, "d": "ACGTNACGTA" * 20}
+
+
+def lower(store, record, start=0, end=None):
+    letters = np.array(list(decode(store.read(record, start, end))), dtype="U1")
+    masked = store.mask(record, start, end)
+    letters[masked] = np.char.lower(letters[masked])
+    return "".join(letters)
+
+
+@pytest.fixture
+def masked(tmp_path):
+    return ingest(write_fasta(tmp_path / "x.fa", MASKED), tmp_path / "masked")
+
+
+def test_the_soft_mask_comes_back_from_any_stretch(masked):
+    for record, text in enumerate(MASKED.values()):
+        assert lower(masked, record) == text
+        for start in range(0, len(text), 3):
+            for end in (start, start + 1, min(len(text), start + 7), len(text)):
+                assert lower(masked, record, start, end) == text[start:end]
+
+
+def test_the_flat_axis_holds_records_and_padding_between_them(masked):
+    whole = masked.read_flat(0, masked.num_positions)
+    assert whole.size == masked.num_positions == sum(-(-len(t) // 4) * 4 for t in MASKED.values())
+    taken = np.zeros(whole.size, dtype=bool)
+    for record, (offset, length) in enumerate(zip(masked.offsets, masked.lengths, strict=True)):
+        assert offset % 4 == 0
+        assert np.array_equal(whole[offset : offset + length], masked.read(record))
+        taken[offset : offset + length] = True
+    assert not whole[~taken].any()
+    for start, end in ((0, 0), (3, 17), (9, 13), (11, 12), (150, 301)):
+        assert np.array_equal(masked.read_flat(start, end), whole[start:end])
+    with pytest.raises(ValueError, match="<="):
+        masked.read_flat(0, masked.num_positions + 1)
+
+
+def test_runs_of_n_stand_on_the_flat_axis(masked):
+    whole = masked.read_flat(0, masked.num_positions)
+    is_n = np.zeros(whole.size, dtype=bool)
+    for start, end in masked.n_runs():
+        is_n[start:end] = True
+    assert np.array_equal(is_n, whole == encode("N")[0])
+
+
+def test_shards_cover_the_axis(monkeypatch, masked):
+    assert masked.shards() == [(0, masked.num_positions)]
+    monkeypatch.setattr(store_module, "SHARD_BYTES", 30)
+    shards = masked.shards()
+    assert [start for start, _ in shards] == [0, *(end for _, end in shards[:-1])]
+    assert shards[-1][1] == masked.num_positions
+    assert shards[0] == (0, 120)
+
+
+def test_equal_letters_have_equal_digests(tmp_path):
+    records = {"a": "ACGTN", "b": "acgun", "c": "ACGTA", "d": "ACGT", "e": "ACGTAA"}
+    store = ingest(write_fasta(tmp_path / "x.fa", records), tmp_path / "s")
+    digests = [digest.tobytes() for digest in store.digests]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
+
+
+def test_no_labels_are_named(masked):
+    with pytest.raises(InputError, match="labels=TABLE"):
+        masked.label_table()
