@@ -172,27 +172,29 @@ def _dry_run(
     current = find_current(
         slides, store=store, plan=plan, encoder=encoder, new_thresholds=True, surveys=surveys
     )
-    rows, failed = [], 0
+    rows, failed = [], []
     for slide in slides:
         try:
             rows.append(_plan_row(slide, plan, source, done=slide.slide_id in current))
         except SlideError as error:
-            failed += 1
-            rows.append([slide.slide_id, error.status, error.reason, error.remedy])
-    print(align([["slide", "would be", "pixels from", "cells of the grid"], *rows]))
-    todo = len(slides) - failed - len(current)
+            rows.append([slide.slide_id, error.status, "-", "-"])
+            failed.append(f"would fail: {slide.slide_id}: {error}")
+    print(align([["slide", "would be", "cells of the grid", "pixels from"], *rows]), end="\n\n")
+    print("".join(f"{line}\n" for line in failed), end="")
+    todo = len(slides) - len(failed) - len(current)
     print(
-        f"\n{todo:,} slides to embed with {encoder.name} ({encoder.dim:,} features), "
-        f"{len(current):,} as they are, {failed:,} refused; nothing was written"
+        f"{todo:,} slides to embed with {encoder.name} ({encoder.dim:,} features), "
+        f"{len(current):,} as they are, {len(failed):,} refused; nothing was written"
     )
     return 3 if failed else 0
 
 
 def _plan_row(slide: SlideFile, plan: TilePlan, source: Source, *, done: bool) -> list[str]:
     with open_slide(slide.path, mpp=slide.mpp) as reader:
+        reader.probe()
         columns, rows, _ = grid_size(reader, plan)
         with TileReader(reader, plan, source=source) as tiles:
             level = tiles.level
             pixels = f"level {level.level}, filter {level.filter}, {tiles.source.name}"
             pixels += f" ({tiles.source.why})"
-    return [slide.slide_id, "kept" if done else "embedded", pixels, f"{columns} x {rows}"]
+    return [slide.slide_id, "kept" if done else "embedded", f"{columns} x {rows}", pixels]

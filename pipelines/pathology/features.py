@@ -108,7 +108,7 @@ def extract_features(
     store.mkdir(parents=True, exist_ok=True)
     clean(store)
     outcomes: dict[str, Outcome] = {}
-    results = _run(todo, workers)
+    results = _run(todo, workers, show_tiles=progress)
     for slide_id, outcome in track(results, total=len(todo), label="features", enabled=progress):
         outcomes[slide_id] = outcome
     failures = {key: value for key, value in outcomes.items() if isinstance(value, Failure)}
@@ -197,21 +197,25 @@ def _num_processes(wanted: int | None) -> int:
     return max(1, wanted or cores or 1)
 
 
-def _run(jobs: list[Job], wanted: int | None) -> Iterator[tuple[str, Outcome]]:
+def _run(
+    jobs: list[Job], wanted: int | None, *, show_tiles: bool = False
+) -> Iterator[tuple[str, Outcome]]:
     if not jobs:
         return iter(())
     processes = _num_processes(wanted)
     most = len(jobs) // _SLIDES_PER_WORKER if wanted is None else len(jobs)
     if jobs[0].encoder.in_workers and min(processes, most) > 1:
         return _run_by_slides(jobs, min(processes, most))
-    return _run_by_tiles(jobs, processes)
+    return _run_by_tiles(jobs, processes, show_tiles=show_tiles)
 
 
-def _run_by_tiles(jobs: list[Job], processes: int) -> Iterator[tuple[str, Outcome]]:
+def _run_by_tiles(
+    jobs: list[Job], processes: int, *, show_tiles: bool = False
+) -> Iterator[tuple[str, Outcome]]:
     """One slide after another; the tiles of a large one are read in processes."""
     with TilePool(processes) as pool:
         for job in jobs:
-            yield job.slide.slide_id, _extract_one(job, pool)
+            yield job.slide.slide_id, _extract_one(job, pool, show_tiles=show_tiles)
 
 
 def _run_by_slides(jobs: list[Job], workers: int) -> Iterator[tuple[str, Outcome]]:
@@ -242,10 +246,10 @@ def _extract_named(job: Job) -> tuple[str, Outcome]:
     return job.slide.slide_id, _extract_one(job, TilePool(1))
 
 
-def _extract_one(job: Job, pool: TilePool) -> Outcome:
+def _extract_one(job: Job, pool: TilePool, *, show_tiles: bool = False) -> Outcome:
     slide = job.slide
     try:
-        return _extract(job, pool)
+        return _extract(job, pool, show_tiles=show_tiles)
     except SlideError as error:
         return Failure(slide.slide_id, str(slide.path), error.status, error.reason, error.remedy)
     except BrokenProcessPool:
@@ -271,7 +275,7 @@ def _failed(job: Job, reason: str, remedy: str) -> Failure:
     return Failure(job.slide.slide_id, str(job.slide.path), "failed", reason, remedy)
 
 
-def _extract(job: Job, pool: TilePool) -> SlideReport:
+def _extract(job: Job, pool: TilePool, *, show_tiles: bool) -> SlideReport:
     provenance = job.provenance()
     with open_slide(job.slide.path, mpp=job.mpp) as slide:
         pool.prepare(_foreseen_tiles(slide, job.plan))
@@ -287,6 +291,7 @@ def _extract(job: Job, pool: TilePool) -> SlideReport:
                 reader=reader,
                 pool=pool.for_tiles(len(missing)),
                 processes=pool.processes,
+                label=job.slide.slide_id if show_tiles else None,
             )
             source = reader.source
         kept, features = join_features(job, tiles, held, made)

@@ -176,9 +176,8 @@ def _difference(
 ) -> str | None:
     """Say why features of the job cannot stand beside or in the place of those held."""
     of = " and ".join(held)
-    imported = next((p["imported"] for p in held.values() if "imported" in p), None)
-    if imported is not None:
-        return f"imported from {imported} files (encoder {of}), of tiles that others cut"
+    if any("imported" in provenance for provenance in held.values()):
+        return f"of encoder {of}, imported from files of another tool, which cut its own tiles"
     own = held.get(job.encoder.name)
     if own is not None and own["encoder_fingerprint"] != job.encoder.fingerprint:
         return f"of {_shown(own)}, not of {_shown(asdict(job.provenance()))}"

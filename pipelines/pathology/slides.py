@@ -186,6 +186,11 @@ class SlideReader:
                 return _on_white(np.asarray(region))
         raise AssertionError("unreachable")
 
+    def probe(self) -> None:
+        """Read a corner of each level: SlideError `unreadable` where not even that succeeds."""
+        for level, (width, height) in enumerate(self.level_dimensions):
+            self.read_region(0, 0, min(width, 16), min(height, 16), level)
+
     def close(self) -> None:
         """Release the file."""
         self._handle.close()

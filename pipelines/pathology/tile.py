@@ -296,6 +296,7 @@ def _dry_run(jobs: list[_Job]) -> int:
 
 def _foresee(job: _Job) -> list[str]:
     with open_slide(job.slide.path, mpp=job.slide.mpp) as reader:
+        reader.probe()
         level = choose_level(reader, job.plan.mpp)
         cols, rows, _ = grid_size(reader, job.plan)
         current = read_survey(job.survey_file, job.made_from) is not None

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from pipelines.pathology.encoding import TileEncoder
+from pipelines.pathology.progress import track_tiles
 from pipelines.pathology.reading import DAMAGED_REMEDY, Source, TileBatch, TileReader
 from pipelines.pathology.slides import SlideError, SlideReader, open_slide
 from pipelines.pathology.tiling import TilePlan, Tiles
@@ -71,8 +72,11 @@ def encode_tiles(
     reader: TileReader,
     pool: ProcessPoolExecutor | None = None,
     processes: int = 1,
+    label: str | None = None,
 ) -> TileFeatures:
     """Read and encode tiles with `reader`, or in the processes of `pool`, ahead of the encoder.
+
+    With a `label` it shows under this name how far it is.
 
     A cheap encoder (`in_workers`) runs in the processes, too. The result does not depend on them.
     Raises SlideError `unreadable` where more than a tenth of the tiles are damaged; fewer are left
@@ -90,7 +94,14 @@ def encode_tiles(
         encoded = (part for run in parts for part in run)
     else:
         encoded = _encode_all(_run_ahead(pool, ahead, _read, chunks, request), encoder)
-    return _collect(tiles, encoded, encoder)
+    tracked = track_tiles(
+        encoded,
+        lambda part: len(part.valid),
+        total=len(tiles),
+        label=label or "",
+        enabled=label is not None,
+    )
+    return _collect(tiles, tracked, encoder)
 
 
 def start_worker() -> None:

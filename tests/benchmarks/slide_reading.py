@@ -17,12 +17,12 @@ import openslide
 import tifffile
 from PIL import Image
 
-from pipelines.pathology.encoding import StatsEncoder
-from pipelines.pathology.features import extract_features
 from pipelines.pathology.reading import FILTERS, TileReader
-from pipelines.pathology.slides import SlideFile, open_slide
+from pipelines.pathology.slides import open_slide
+from pipelines.pathology.store import read_slide, slide_folder
 from pipelines.pathology.tiling import ReadingLevel, TilePlan, choose_level, grid_size, plan_tiles
 from pipelines.shared.tables import align
+from tests.benchmarks.processes import run_watched
 
 TILE_PX = 256
 
@@ -100,25 +100,25 @@ def _in_turn(
 
 
 def time_embedding(path: Path, folder: Path, repeat: int, processes: int) -> str:
-    """Say how fast a large slide becomes stored statistics, the start of processes included."""
+    """Say how fast the command `embed` makes a large slide into stored statistics, from its start.
+
+    CPU seconds are those of all its processes: where others use the machine they say more than the
+    clock does.
+    """
     target = repeat_slide(path, folder / "large.tiff", repeat)
     with open_slide(target) as slide:
-        plan, (width, height) = TilePlan(TILE_PX, slide.mpp), slide.dimensions
-    start = time.perf_counter()
-    report = extract_features(
-        [SlideFile("large", target)],
-        store=folder / "store",
-        plan=plan,
-        encoder=StatsEncoder(),
-        workers=processes,
-        progress=False,
-    )
-    seconds = time.perf_counter() - start
-    assert not report.failures, report.failures
-    count = report.read[0].num_tiles
+        mpp, (width, height) = slide.mpp, slide.dimensions
+    used = run_watched(
+        ["-m", "pipelines.pathology", "embed", f"slides={target}", f"out={folder / 'out'}",
+         f"tile_px={TILE_PX}", f"mpp={mpp}", f"num_workers={processes}", "progress=false"]
+    )  # fmt: skip
+    assert used.code == 0, used.output
+    count = len(read_slide(slide_folder(folder / "out" / "features", target.stem)))
     return (
         f"{width:,} x {height:,} px from file to stored statistics, {processes} processes: "
-        f"{count:,} tiles in {seconds:.1f} s, {count / seconds:,.0f} tiles/s"
+        f"{count:,} tiles in {used.seconds:.1f} s, {count / used.seconds:,.0f} tiles/s; "
+        f"{used.cpu_seconds:.1f} CPU s, {processes * count / used.cpu_seconds:,.0f} tiles/s where "
+        f"{processes} cores do nothing else; at most {used.peaks[0]:,.0f} MiB in a process"
     )
 
 

@@ -36,6 +36,7 @@ from pipelines.pathology.store import (
 )
 from pipelines.pathology.tiling import TilePlan
 from pipelines.shared.cli import main
+from pipelines.shared.errors import InputError
 
 DIM = 6
 MPP = 0.25
@@ -545,6 +546,21 @@ def test_tensors_are_plain_and_in_the_order_of_their_source(tmp_path):
     coords = torch.load(tmp_path / "pt" / "coords" / "a.pt", weights_only=True)
     assert tensor.numpy().tobytes() == features.tobytes()
     assert np.array_equal(coords.numpy(), grid * 1024)
+
+
+def test_imported_slides_are_not_embedded_over(tmp_path, tissue_slide):
+    write_like_clam(tmp_path / "clam", "tissue", cells() * 1024, vectors())
+    out = tmp_path / "out"
+    assert run("import", f"source={tmp_path / 'clam'}", f"out={out}", "mpp=0.5") == 0
+    with pytest.raises(InputError, match="imported from files of another tool"):
+        extract_features(
+            [SlideFile("tissue", tissue_slide)],
+            store=out / "features",
+            plan=TilePlan(64),
+            encoder=StatsEncoder(),
+            workers=1,
+            progress=False,
+        )
 
 
 def test_of_several_encoders_one_is_exported(tmp_path, tissue_slide, capsys):
