@@ -10,6 +10,7 @@ from pipelines.pathology.cohort import TRUTH, UNITS
 from pipelines.pathology.evaluating import (
     choose_reference,
     read_attributes,
+    read_developed,
     read_models,
     write_assessment,
 )
@@ -28,7 +29,6 @@ from pipelines.shared.conf_tree import read_root
 from pipelines.shared.errors import InputError
 from pipelines.shared.record import VOLATILE, RunState, is_main_process, open_run
 from pipelines.shared.saved_predictions import TABLE, find_tables
-from pipelines.shared.splits import EXTERNAL
 from pipelines.shared.tables import read_table, write_table
 
 _TRAIN = "pathology_train"
@@ -68,7 +68,7 @@ def crossval(config: dict[str, Any]) -> int:
         print(f"\nfolds to come: {', '.join(missing)}; the last of them writes the report")
         return code
     if is_main_process():
-        _assess(config, out, labels, roster, folds)
+        _assess(config, out, labels, len(folds))
     return code
 
 
@@ -135,37 +135,22 @@ def _is_finished(folder: Path) -> bool:
     return (folder / "metrics.json").exists()
 
 
-def _assess(
-    config: dict[str, Any],
-    out: Path,
-    labels: Path,
-    roster: Roster,
-    folds: Sequence[Sequence[str | None]],
-) -> None:
+def _assess(config: dict[str, Any], out: Path, labels: Path, num_folds: int) -> None:
     models = read_models(out, config)
     found = assess(
         models,
         threshold=config["threshold"],
         reference=choose_reference(config["reference"], models),
         attributes=read_attributes(config, labels, models),
-        developed=[_developed(roster, splits) for splits in folds],
+        developed=read_developed(out),
         resamples=config["resamples"],
         seed=config["seed"],
     )
     _gather(out)
-    title = f"Cross-validation, {len(folds)} folds by {config['scheme']}"
+    title = f"Cross-validation, {num_folds} folds by {config['scheme']}"
     if config["splits"]:
-        title = f"Cross-validation, {len(folds)} given folds"
+        title = f"Cross-validation, {num_folds} given folds"
     write_assessment(out, found, title=title, run=out, config={**config, "labels": str(labels)})
-
-
-def _developed(roster: Roster, splits: Sequence[str | None]) -> frozenset[str]:
-    """Patients that a fold trained on, chose by or tested."""
-    return frozenset(
-        patient
-        for patient, split in zip(roster.patients, splits, strict=True)
-        if split not in (None, EXTERNAL)
-    )
 
 
 def _gather(out: Path) -> None:

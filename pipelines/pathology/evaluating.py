@@ -13,6 +13,7 @@ from pipelines.shared.errors import InputError
 from pipelines.shared.record import RunState, finish_run, open_run
 from pipelines.shared.report import Words, summarise, write_report
 from pipelines.shared.saved_predictions import MODEL, Parts, find_tables, read_parts
+from pipelines.shared.splits import EXTERNAL
 from pipelines.shared.tables import read_table
 
 Models = dict[str, list[Parts]]
@@ -42,6 +43,7 @@ def evaluate(config: dict[str, Any]) -> int:
         threshold=config["threshold"],
         reference=reference,
         attributes=attributes,
+        developed=read_developed(run),
         resamples=config["resamples"],
         seed=config["seed"],
     )
@@ -107,6 +109,12 @@ def read_attributes(
                 values.setdefault(name, set()).add(value or "unknown")
         found[column] = _of_rows(path, column, values, models)
     return found
+
+
+def read_developed(run: Path) -> list[frozenset[str]]:
+    """Patients of each fold of a cross-validation, but for those of the external test."""
+    tables = [read_table(path) for path in sorted(run.glob("splits_*.csv"))]
+    return [frozenset(table.loc[table["split"] != EXTERNAL, "patient_id"]) for table in tables]
 
 
 def write_assessment(

@@ -145,9 +145,9 @@ def assess(
 
     `threshold` of two classes: None takes what each fold's validation rows choose (Youden's J; 0.5
     without any). Differences are to the model `reference`. `attributes` maps a column (site, sex)
-    to the value of each row's id. `developed` names the groups that each fold trained on, chose by
-    or tested: an ensemble's rows must be of none of them. Raises InputError where models were not
-    tested on the same rows, and for an unknown reference.
+    to the value of each row's id. `developed` names the groups that each fold trained on: an
+    ensemble's rows must be of none of them, nor of those that a fold chose by or tested. Raises
+    InputError where models were not tested on the same rows, and for an unknown reference.
     """
     if reference is not None and reference not in models:
         raise InputError(f"reference={reference} is none of {', '.join(models)}")
@@ -288,7 +288,15 @@ def _external(
         return None
     joint = {name: ensemble([parts[EXTERNAL] for parts in folds]) for name, folds in models.items()}
     groups = set(next(iter(joint.values())).groups)
-    seen = groups.intersection(*[set().union(*developed)]) if developed else set()
+    known = {
+        group
+        for folds in models.values()
+        for parts in folds
+        for split, part in parts.items()
+        if split != EXTERNAL
+        for group in part.groups
+    }
+    seen = groups & known.union(*developed)
     if seen:
         raise InputError(
             f"{len(seen)} groups of the external test stand in a fold: {', '.join(sorted(seen))}; "

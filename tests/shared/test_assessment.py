@@ -120,6 +120,7 @@ def test_an_ensemble_is_scored_on_external_rows_alone(tmp_path: Path) -> None:
     assert found.scores["model"]["auroc"].value == pytest.approx(
         roc_auc_score(labels, shares[:, 1])
     )
+    assert assess(folds, resamples=0).external is not None
     seen = [*developed[:2], developed[2] | {"q1"}]
     with pytest.raises(InputError, match="1 groups of the external test stand in a fold: q1"):
         assess(folds, developed=seen, resamples=0)
