@@ -185,11 +185,7 @@ def _folder_of_intervals(config: Mapping[str, Any]) -> dict[str, Collection] | N
             "intervals=FOLDER is looked at without sequences and labels; to cut intervals out of "
             "sequences give one file"
         )
-    found = read_interval_folder(Path(config["intervals"]))
-    wanted = config["only"]
-    if wanted and wanted not in found:
-        raise InputError(f"only={wanted}: the folder holds {', '.join(found)}")
-    return {wanted: found[wanted]} if wanted else found
+    return read_interval_folder(Path(config["intervals"]), config["only"])
 
 
 def _counts(collection: Collection) -> pd.DataFrame:

@@ -175,6 +175,7 @@ def _hash_stretch(
             _mix(_mix(forward[:-last].copy()) + forward[last:]),
             _mix(_mix(backward[last:].copy()) + backward[:-last]),
         )
+        _mix(hashes)  # the smaller of two is small: a sample would have too many
     if not ambiguous.any():
         return hashes, np.arange(hashes.size)
     seen = np.concatenate([[0], np.cumsum(ambiguous)])

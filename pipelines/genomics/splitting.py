@@ -99,8 +99,12 @@ def find_item_copies(collection: Collection) -> list[list[int]]:
     """List the items of equal bases on either strand; without sequence, those of equal places."""
     if collection.store is not None:
         return find_copies(collection.store, collection.records)
-    places = collection.table.groupby(["contig", "start", "end"], sort=False).indices
-    return [members.tolist() for members in places.values() if len(members) > 1]
+    columns = ["contig", "start", "end"]
+    places = collection.table[columns].reset_index(drop=True)
+    repeated = places[places.duplicated(keep=False)]
+    rows = repeated.index.to_numpy()
+    found = repeated.reset_index(drop=True).groupby(columns, sort=False).indices
+    return [rows[members].tolist() for members in found.values()]
 
 
 def assign(collection: Collection, config: Mapping[str, Any]) -> list[str]:
