@@ -89,7 +89,7 @@ class _Run:
         )
         scored = pd.concat([table.drop(columns="flags"), scored.drop(columns="id")], axis=1)
         scored["num_windows"] = pd.Series(windows.records).value_counts(sort=False).to_numpy()
-        scored["flags"] = table["flags"]
+        scored["flags"] = _flags(table["flags"], intervals)
         written = write_predictions(self.out, scored, self.config["outputs"])
         written += self._embeddings(scores, windows, table["id"].tolist())
         written += write_tracks(
@@ -187,6 +187,14 @@ class _Run:
         if failures:
             print(f"{len(failures):,} left out: {self.out / 'failures.csv'}")
         return 3 if failures else 0
+
+
+def _flags(said: "pd.Series[str]", intervals: Intervals) -> list[str]:
+    """Say of each interval what was done to it, and how many of its bases are ambiguous."""
+    counts = [intervals.count_ambiguous(index) for index in range(len(intervals.lengths))]
+    unclear = [f"{count:,} ambiguous bases" if count else "" for count in counts]
+    pairs = zip(said, unclear, strict=True)
+    return ["; ".join(text for text in pair if text) for pair in pairs]
 
 
 def model_tokenizer(model: LoadedModel, path: Path) -> Tokenizer:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
+from pipelines.genomics.alphabet import NUM_BASES
 from pipelines.genomics.data import cut_windows
 from pipelines.genomics.ingest import provide_store
 from pipelines.genomics.intervals import COLUMNS, Part, read_intervals
@@ -29,6 +30,8 @@ from pipelines.genomics.variants import (
 from pipelines.shared.batch import Example
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure
+
+_PIECE = 1 << 24
 
 
 class Sequences(Protocol):
@@ -52,6 +55,12 @@ class Intervals:
     def read(self, index: int, start: int, end: int) -> UInt8[ndarray, "T"]:
         """Read the bases [start, end) of an interval."""
         return fetch(self.store, self.placed[index], start, end)
+
+    def count_ambiguous(self, index: int) -> int:
+        """Count the bases of an interval that are not A, C, G or T."""
+        length = int(self.lengths[index])
+        pieces = (self.read(index, at, min(at + _PIECE, length)) for at in range(0, length, _PIECE))
+        return sum(int(np.count_nonzero(piece > NUM_BASES)) for piece in pieces)
 
     def where(self, index: int, start: int, end: int) -> list[Part]:
         """Where these bases lie on the record."""

@@ -166,6 +166,22 @@ def test_intervals_keep_their_order_label_and_coordinates(genome, network, ckpt,
     assert ("chr2", "50", "60") in covered
 
 
+def test_what_is_odd_of_an_interval_is_flagged(ckpt, tmp_path):
+    (tmp_path / "genome.fa").write_text(">a\nACGTNNRACGT\n")
+    (tmp_path / "mine.bed").write_text("a\t0\t4\na\t2\t8\na\t8\t14\n")
+    code = run(
+        "predict", f"sequences={tmp_path / 'genome.fa'}", f"intervals={tmp_path / 'mine.bed'}",
+        f"ckpt={ckpt}", f"out={tmp_path / 'out'}", "past_end=pad_n",
+    )  # fmt: skip
+    assert code == 0
+    table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t", keep_default_na=False)
+    assert table["flags"].tolist() == [
+        "",
+        "3 ambiguous bases",
+        "padded with N; 3 ambiguous bases",
+    ]
+
+
 def test_labels_of_a_table_stand_beside_the_predictions(genome, ckpt, tmp_path):
     _, records = genome
     rows = [
