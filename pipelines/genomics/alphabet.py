@@ -16,6 +16,7 @@ _COMPLEMENTS = "TGCANYRSWMKVHDB"
 _BAD = 255
 _PADDING_SIGN = "-"
 PROTEIN_LETTERS = b"EFILPQZJOX"
+"""Letters of amino acids that no DNA file holds; real proteins have about a third of them."""
 
 
 class BadCharacterError(ValueError):
@@ -60,28 +61,6 @@ def reverse_complement(tokens: UInt8[ndarray, "T"]) -> UInt8[ndarray, "T"]:
 def to_bytes(text: str | bytes) -> bytes:
     """One byte per character, whatever the characters are; `?` for those outside Latin-1."""
     return text.encode("latin-1", errors="replace") if isinstance(text, str) else text
-
-
-def count_lower(text: bytes) -> int:
-    """Count lower-case letters: soft-masked repeats by convention."""
-    return len(text) - len(text.translate(None, b"abcdefghijklmnopqrstuvwxyz"))
-
-
-def count_uracil(text: bytes) -> int:
-    """Count U and u, which are read as T."""
-    return text.count(b"U") + text.count(b"u")
-
-
-def looks_like_protein(text: str | bytes, *, threshold: float = 0.1) -> bool:
-    """Tell amino acids from damaged DNA by letters that no DNA file holds.
-
-    True when E F I L P Q Z J O X make up more than `threshold` of the letters, in at least two
-    kinds (X alone is how some tools mask DNA). Real proteins have about a third.
-    """
-    raw = to_bytes(text).upper()
-    counts = [raw.count(letter) for letter in PROTEIN_LETTERS]
-    kinds = sum(count > 0 for count in counts)
-    return kinds >= 2 and sum(counts) > threshold * len(raw)
 
 
 def _encode_table() -> bytes:

@@ -10,11 +10,8 @@ from pipelines.genomics.alphabet import (
     NUM_TOKENS,
     PADDING,
     BadCharacterError,
-    count_lower,
-    count_uracil,
     decode,
     encode,
-    looks_like_protein,
     reverse_complement,
 )
 
@@ -49,10 +46,8 @@ def test_lower_case_and_bytes_are_read_alike(text):
     assert np.array_equal(encode(text.encode()), encode(text))
 
 
-def test_uracil_is_read_as_thymine_and_counted():
+def test_uracil_is_read_as_thymine():
     assert decode(encode("ACGUu")) == "ACGTT"
-    assert count_uracil(b"ACGUuT") == 2
-    assert count_lower(b"ACgtnN") == 3
 
 
 @pytest.mark.parametrize(
@@ -74,12 +69,3 @@ def test_encoded_tokens_may_be_written_to():
     tokens = encode("ACGT")
     tokens[0] = PADDING
     assert decode(tokens) == "-CGT"
-
-
-def test_protein_is_told_from_damaged_dna():
-    assert looks_like_protein("MKVLAAGIFPEQLLNERWDHYSTV")
-    assert looks_like_protein(b"mkvlaagifpeq")
-    assert not looks_like_protein("ACGTNNRYSWKMBDHV")
-    assert not looks_like_protein("ACGTXXXXXXXXACGT")
-    assert not looks_like_protein("ACGT" * 20 + "EFIL")
-    assert not looks_like_protein("")
