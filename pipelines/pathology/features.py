@@ -28,7 +28,7 @@ from pipelines.pathology.processes import TilePool, start_pool
 from pipelines.pathology.progress import track
 from pipelines.pathology.reading import DAMAGED_REMEDY, Source, TileReader
 from pipelines.pathology.slides import SlideError, SlideFile, SlideReader, open_slide
-from pipelines.pathology.store import add_features, write_slide
+from pipelines.pathology.store_writer import add_features, write_slide
 from pipelines.pathology.tile_features import encode_tiles, select_tiles
 from pipelines.pathology.tiling import TilePlan
 from pipelines.shared.asides import clean

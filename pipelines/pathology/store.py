@@ -35,9 +35,6 @@ import pandas as pd
 import zarr
 
 from pipelines.pathology.chunk_files import DamageError, read_rows, read_shape
-from pipelines.pathology.encoding import TileEncoder
-from pipelines.pathology.slides import SlideReader
-from pipelines.pathology.tiling import TilePlan, Tiles
 from pipelines.shared.asides import aside_of, remove_leftovers
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import read_table, write_table
@@ -150,79 +147,6 @@ def slide_folder(store: Path, slide_id: str) -> Path:
     return store / f"{slide_id}{_ENDING}"
 
 
-def write_slide(
-    folder: Path,
-    slide_id: str,
-    reader: SlideReader,
-    tiles: Tiles,
-    features: np.ndarray,
-    *,
-    plan: TilePlan,
-    encoder: TileEncoder,
-    provenance: Provenance,
-    reading: Mapping[str, object] | None = None,
-) -> None:
-    """Write a slide's group aside and move it into place: what is visible is complete.
-
-    `reading` says how its tiles were read. Raises ValueError for features [N, E] that are not
-    finite or not one row per tile.
-    """
-    _check_features(features, len(tiles), encoder)
-    entry = encoder_entry(encoder.fingerprint, asdict(provenance), reading)
-    attributes = _attributes(slide_id, reader, tiles, plan) | {"encoders": {encoder.name: entry}}
-    arrays = {
-        "grid": tiles.grid,
-        "xy0": tiles.xy0,
-        "tissue": tiles.tissue,
-        f"features/{encoder.name}": _as_float(features),
-        "overview": tiles.mask.overview,
-        "mask": tiles.mask.mask,
-    }
-    if tiles.index is not None:
-        arrays["survey_row"] = tiles.index.astype(np.int64)
-    write_group(folder, attributes, arrays)
-
-
-def add_features(
-    folder: Path,
-    features: np.ndarray,
-    *,
-    encoder: TileEncoder,
-    provenance: Provenance,
-    reading: Mapping[str, object] | None = None,
-) -> None:
-    """Add another encoder's features [N, E] of all stored tiles; raises as `write_slide` does.
-
-    They are written aside and renamed, then named in the attributes. Of two processes that add to
-    one slide at one moment the first may have to add again.
-    """
-    attributes = read_slide(folder).attributes
-    _check_features(features, attributes["num_tiles"], encoder)
-    features, name = _as_float(features), f"features/{encoder.name}"
-    target = folder / name
-    remove_leftovers(target.parent.iterdir())
-    aside = aside_of(target)
-    try:
-        zarr.create_array(aside, data=features, **_layout(features))
-        if target.exists():  # not named in the attributes: it was never finished
-            shutil.rmtree(target)
-        os.replace(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    digests = {**attributes["digests"], name: _array_digest(features)}
-    entry = encoder_entry(encoder.fingerprint, asdict(provenance), reading)
-    metadata = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
-    metadata["attributes"] |= {
-        "encoders": {**attributes["encoders"], encoder.name: entry},
-        "digests": digests,
-        "digest": _joint_digest(digests),
-    }
-    aside = aside_of(folder / "zarr.json")
-    aside.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
-    os.replace(aside, folder / "zarr.json")
-
-
 def encoder_entry(
     fingerprint: str,
     provenance: Mapping[str, object],
@@ -234,17 +158,6 @@ def encoder_entry(
     read, and `damage`, what the first of them met.
     """
     return {"fingerprint": fingerprint, "provenance": dict(provenance), **(reading or {})}
-
-
-def _check_features(features: np.ndarray, num_tiles: int, encoder: TileEncoder) -> None:
-    if features.shape != (num_tiles, encoder.dim):
-        raise ValueError(
-            f"features must be [{num_tiles}, {encoder.dim}]; got {features.shape} of "
-            f"{encoder.name!r}"
-        )
-    if not np.isfinite(features).all():
-        row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-        raise ValueError(f"encoder {encoder.name!r} gave NaN or infinity in row {row}")
 
 
 def write_group(
@@ -263,6 +176,32 @@ def write_group(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     _move_into_place(aside, folder)
+
+
+def add_array(folder: Path, name: str, array: np.ndarray, attributes: Mapping[str, object]) -> None:
+    """Add an array to a slide's group, aside and renamed, and then set attributes of the group.
+
+    Of two processes that add to one slide at one moment the first may have to add again.
+    """
+    target = folder / name
+    target.parent.mkdir(exist_ok=True)
+    remove_leftovers(target.parent.iterdir())
+    aside = aside_of(target)
+    try:
+        zarr.create_array(aside, data=array, **_layout(array))
+        if target.exists():  # not in the digests: adding it was never finished
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    metadata = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
+    digests = {**metadata["attributes"]["digests"], name: _array_digest(array)}
+    known = {"digests": digests, "digest": _joint_digest(digests)}
+    metadata["attributes"] |= {**attributes, **known}
+    aside = aside_of(folder / "zarr.json")
+    aside.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    os.replace(aside, folder / "zarr.json")
 
 
 def _write_arrays(
@@ -456,40 +395,6 @@ def _index_row(
         "encoder_fingerprint": entry["fingerprint"],
     }
     return [str(known.get(column, "")) for column in INDEX_COLUMNS]
-
-
-def _as_float(features: np.ndarray) -> np.ndarray:
-    """Keep half precision, the rest as float32."""
-    return features if features.dtype == np.float16 else features.astype(np.float32, copy=False)
-
-
-def _attributes(
-    slide_id: str,
-    reader: SlideReader,
-    tiles: Tiles,
-    plan: TilePlan,
-) -> dict[str, object]:
-    return {
-        "schema": SCHEMA,
-        "slide_id": slide_id,
-        "slide_path": str(reader.path.resolve()),
-        "slide_bytes": reader.path.stat().st_size,
-        "slide_quickhash": reader.quickhash,
-        "vendor": reader.vendor,
-        "dimensions": list(reader.dimensions),
-        "bounds": list(reader.bounds),
-        "mpp": reader.mpp,
-        "mpp_source": reader.mpp_source,
-        "plan": plan.params,
-        "plan_hash": plan.hash,
-        "grid_hash": plan.grid_hash,
-        "tile_px": plan.tile_px,
-        "pitch0": tiles.pitch0,
-        "order": "hilbert",
-        "num_tiles": len(tiles),
-        "tissue_threshold": tiles.mask.threshold,
-        "tissue_threshold_source": tiles.mask.threshold_source,
-    }
 
 
 def _read_attributes(folder: Path) -> dict[str, Any] | None:

@@ -19,8 +19,8 @@ from pipelines.pathology.store import (
     read_slide,
     slide_folder,
     write_group,
-    write_slide,
 )
+from pipelines.pathology.store_writer import write_slide
 from pipelines.pathology.tiling import TilePlan, plan_tiles
 from pipelines.shared.errors import InputError
 
