@@ -97,7 +97,7 @@ def read_intervals(
 
     The format is told by content. `columns` says which column (by the header's name, or by its
     number from 1), attribute or qualifier is the label, the split, the name, the score or the
-    strand. `feature` is the type of features that count, as CDS; without it a file of several
+    strand; `type` is the type of a feature. `feature` is the type of features that count, as CDS; without it a file of several
     types is refused. Raises InputError, with file, line and remedy, for whatever is no interval.
     """
     path = Path(path)
