@@ -97,8 +97,9 @@ def read_intervals(
 
     The format is told by content. `columns` says which column (by the header's name, or by its
     number from 1), attribute or qualifier is the label, the split, the name, the score or the
-    strand; `type` is the type of a feature. `feature` is the type of features that count, as CDS; without it a file of several
-    types is refused. Raises InputError, with file, line and remedy, for whatever is no interval.
+    strand (`type`: the type of a feature). `feature` is the type of features that count, such as
+    CDS; without it a file of several types is refused. Raises InputError, with file, line and
+    remedy, for whatever is no interval.
     """
     path = Path(path)
     named = {role: name for role, name in (columns or {}).items() if name}
