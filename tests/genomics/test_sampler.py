@@ -7,15 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from pipelines.genomics import store as store_module
 from pipelines.genomics.alphabet import LETTERS
 from pipelines.genomics.data import WindowDataset
 from pipelines.genomics.ingest import ingest
+from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.sampler import ShardSampler, fill_batches
 from pipelines.genomics.store import SequenceStore
 from pipelines.genomics.tokenizers import KmerTokenizer
+from pipelines.shared import fit as fit_module
 from pipelines.shared.batch import pack
+from pipelines.shared.objective import Classification
 
 
 def write_records(path, lengths, *, odd=True):
@@ -230,3 +234,57 @@ def test_settings_without_sense_are_refused(sharded):
     words = windows_of(sharded, tokenizer=KmerTokenizer(4, stride=1))
     with pytest.raises(ValueError, match="soft mask"):
         ShardSampler(words, max_tokens=1, soft_mask=True)
+
+
+class _Cut(nn.Module):
+    """Raise after a number of training steps, as a power cut would."""
+
+    def __init__(self, network, steps):
+        super().__init__()
+        self.network, self.left = network, steps
+
+    def forward(self, batch):
+        if self.training:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("power")
+        return self.network(batch)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_training_goes_on_within_an_epoch_with_equal_weights(
+    sharded, tmp_path, monkeypatch, num_workers
+):
+    monkeypatch.setattr(fit_module, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(fit_module, "_SAVE_SHARE", float("inf"))
+    options = {"context": 200, "overlap": 0, "reverse_complement": True}
+    setting = fit_module.FitSettings(
+        epochs=2, max_tokens=3_000, num_workers=num_workers, progress=False, select="last"
+    )
+
+    def train(name, steps):
+        torch.manual_seed(0)
+        network = DnaClassifier(
+            dim=16, depth=1, num_heads=2, pattern="SlidingWindow(radius=8)", num_classes=3,
+            dropout=0.3,
+        )  # fmt: skip
+        cut = _Cut(network, steps)
+        val = windows_of(sharded, context=200, overlap=0)
+        fit_module.fit(
+            cut,
+            windows_of(sharded, **options),
+            val,
+            objective=Classification(("a", "b", "c")),
+            out=tmp_path / name,
+            settings=setting,
+        )
+        return cut
+
+    whole = train("whole", 10**9)
+    taken = 10**9 - whole.left
+    with pytest.raises(RuntimeError, match="power"):
+        train("cut", taken - 3)
+    resumed = train("cut", 3)  # more steps than the three that are left would raise
+    assert resumed.left == 0
+    for one, two in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
