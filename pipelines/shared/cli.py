@@ -295,6 +295,8 @@ def _run_all(verb: Verb, request: _Request) -> int:
     configs: dict[str, Config] = {}
     for swept, overrides in jobs:
         config = _compose(verb, overrides, request.paths)
+        if "out" not in config:
+            raise InputError("--multirun needs a folder for each run: this verb has no out=")
         if config.get("trainer", {}).get("devices", 1) not in (1, "1"):
             raise InputError("--multirun runs on one device; use trainer=cpu or trainer=gpu")
         name = _job_name(swept)

@@ -244,6 +244,7 @@ ROWS_B: list[Row] = [
      ["reading.gaps must be error or strip", "'keep'"]),
     ("a pattern without a group", text(">a\nAC\n"), [*INGEST, r"reading.label_pattern='\w+'"], 2,
      ["label_pattern", "group"]),
+    ("a study of stores", text(">a\nAC\n"), [*INGEST, "-m", "num_workers=1,2"], 2, ["no out="]),
     ("no sequences", nothing, ["ingest"], 2, ["sequences= is missing"]),
     ("labels that did not come", text(">a\nACGT\n"), ["train", "sequences={input}"], 2,
      ["holds no labels", "labels=TABLE"]),
