@@ -185,8 +185,8 @@ def read_everything(path: Path) -> None:
             continue
         try:
             array = zarr.open_array(file.parent, mode="r")
-            rows = array.chunks[0]
-            for start in range(0, array.shape[0], rows):
+            rows = array.chunks[0] if array.ndim else 1
+            for start in range(0, array.shape[0] if array.ndim else 0, rows):
                 array[start : start + rows]
         except Exception as error:  # whatever the damage makes a codec raise
             raise InputError(f"{file.parent}: {' '.join(str(error).split())}") from error

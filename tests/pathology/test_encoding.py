@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.pathology.encoding import StatsEncoder, build_encoder
 from pipelines.shared.errors import InputError
@@ -79,3 +80,43 @@ def test_wrong_tiles_are_refused(tiles):
 def test_unknown_names_and_options_list_the_right_ones(name, options, message):
     with pytest.raises(InputError, match=message):
         build_encoder(name, **options)
+
+
+def plain_patterns(grey):
+    """Shares of the uniform patterns of eight neighbours, pixel by pixel."""
+    ring = [(-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1)]
+    shares = np.zeros(10)
+    for y in range(1, grey.shape[0] - 1):
+        for x in range(1, grey.shape[1] - 1):
+            bits = [int(grey[y + dy, x + dx] >= grey[y, x]) for dy, dx in ring]
+            changes = sum(bits[i] != bits[i - 1] for i in range(8))
+            shares[sum(bits) if changes <= 2 else 9] += 1
+    return shares / shares.sum()
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (17, 33)])
+def test_numbers_are_what_plain_loops_give(shape):
+    rng = np.random.default_rng(5)
+    tile = rng.integers(0, 256, size=(*shape, 3)).astype(np.uint8)
+    tile[4:12] = tile[4:12] // 9 * 9
+    found = StatsEncoder()(tile[None])[0]
+    for channel in range(3):
+        values = tile[..., channel] / 255
+        density = -np.log10((tile[..., channel] + 1.0) / 256)
+        expected = [values.mean(), values.std(), density.mean(), density.std()]
+        assert np.allclose(found[7 * channel + np.array([0, 1, 5, 6])], expected, atol=1e-6)
+    grey = np.asarray(Image.fromarray(tile).convert("L")).astype(np.float64)
+    right, down = np.diff(grey, axis=1), np.diff(grey, axis=0)
+    square = (np.square(right).mean() + np.square(down).mean()) / 2
+    laplacian = grey[1:-1, 2:] + grey[1:-1, :-2] + grey[2:, 1:-1] + grey[:-2, 1:-1]
+    laplacian = laplacian - 4 * grey[1:-1, 1:-1]
+    expected = [
+        grey.std() / 255,
+        (np.abs(right).mean() + np.abs(down).mean()) / 2 / 255,
+        np.sqrt(square) / 255,
+        np.sqrt(np.square(laplacian).mean()) / 255,
+        1 - min(square / 2 / grey.var(), 2),
+        *plain_patterns(grey),
+    ]
+    texture = 3 * 7 + 2 * 5  # after three colours and two stains
+    assert np.allclose(found[texture : texture + 15], expected, atol=1e-6)
