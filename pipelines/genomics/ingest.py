@@ -43,6 +43,7 @@ FAILURES = "failures.csv"
 
 _MOST_WORKERS = 8
 _BLOCK_BYTES = 1 << 20
+_MOST_BYTES = 1 << 28
 
 
 def run(config: dict[str, Any]) -> int:
@@ -294,14 +295,18 @@ def _check(sequences: str, reading: Reading, columns: Columns, *, progress: bool
 def _parsed(
     job: _Job, raws: Iterable[RawRecord], workers: Executor, num_workers: int
 ) -> Iterator[Batch]:
-    """Parse records in batches, by workers; they come back in their order."""
-    waiting: deque[Future[Batch]] = deque()
+    """Parse records in batches, by workers; they come back in their order.
+
+    Chromosomes are long: no more of them wait than memory should hold.
+    """
+    waiting: deque[tuple[int, Future[Batch]]] = deque()
     for batch in _batches(raws):
-        waiting.append(workers.submit(parse_batch, batch, job.reading))
-        if len(waiting) > num_workers:
-            yield waiting.popleft().result()
+        size = sum(len(raw.letters) for raw in batch)
+        waiting.append((size, workers.submit(parse_batch, batch, job.reading)))
+        while len(waiting) > num_workers or sum(size for size, _ in waiting) > _MOST_BYTES:
+            yield waiting.popleft()[1].result()
     while waiting:
-        yield waiting.popleft().result()
+        yield waiting.popleft()[1].result()
 
 
 def _batches(raws: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
