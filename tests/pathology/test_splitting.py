@@ -183,3 +183,16 @@ def test_what_cannot_be_split_is_refused(
     assert run(f"labels={labels}", *arguments) == 2
 
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.real_data
+def test_real_slides_of_five_classes_are_split_evenly(real_data: Path, tmp_path: Path) -> None:
+    labels = real_data / "slides" / "colorectal" / "labels.csv"
+    out = tmp_path / "out"
+
+    assert run(f"labels={labels}", "folds=5", f"out={out}") == 0
+
+    summary = pd.read_csv(out / "summary.csv")
+    tested = summary[summary["split"] == "test"]
+    assert tested.groupby("label")["patients"].sum().tolist() == [17] * 5
+    assert set(tested["patients"]) == {3, 4}
