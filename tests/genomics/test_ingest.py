@@ -13,6 +13,7 @@ import numpy as np
 import openpyxl
 import pandas as pd
 import pytest
+import yaml
 from Bio import bgzf
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,10 +24,11 @@ from pipelines.genomics.__main__ import main
 from pipelines.genomics.alphabet import decode
 from pipelines.genomics.batches import parse_batch
 from pipelines.genomics.genome import Place, RawRecord, read_records
-from pipelines.genomics.ingest import ingest, read_report
+from pipelines.genomics.ingest import ingest, provide_store, read_report
 from pipelines.genomics.letters import Reading
-from pipelines.genomics.sequence_tables import Columns
+from pipelines.genomics.sequence_tables import ROLES, Columns
 from pipelines.genomics.store import SequenceStore
+from pipelines.shared.conf_tree import conf_folder
 from pipelines.shared.errors import InputError
 from tests.benchmarks.kill_ingest import kill_again_and_again, write_records
 
@@ -373,3 +375,31 @@ def test_a_workbook_keeps_its_first_sheet(tmp_path):
     book.create_sheet("other").append(["x"])
     book.save(tmp_path / "t.xlsx")
     assert contents(ingest(tmp_path / "t.xlsx", tmp_path / "s")) == {"7": "ACGT"}
+
+
+def provided(tmp_path, **given):
+    strict = yaml.safe_load((conf_folder() / "reading" / "strict.yaml").read_text())
+    roles = {role: role for role in ROLES}
+    config = {"sequences": None, "store": None, "columns": roles, "reading": strict, "where": {}}
+    return provide_store(config | given, tmp_path / "out", require_labels="where" in given)
+
+
+@pytest.mark.parametrize("kind", ["fasta", "genbank", "2bit", "table"])
+def test_verbs_get_a_store_of_any_format_and_reuse_it(tmp_path, kind):
+    content = {"fasta": FASTA, "genbank": GENBANK, "2bit": twobit(MASKED),
+               "table": "sequence\nACGT\n"}[kind]  # fmt: skip
+    path = put(tmp_path / "x", content)
+    store = provided(tmp_path, sequences=path)
+    assert store.path == tmp_path / "out" / "store"
+    written = (store.path / "zarr.json").stat().st_ino
+    assert provided(tmp_path, sequences=path).fingerprint == store.fingerprint
+    assert provided(tmp_path, store=store.path).ids == store.ids
+    assert (store.path / "zarr.json").stat().st_ino == written
+
+
+def test_verbs_that_need_labels_take_those_of_the_table(tmp_path):
+    text = "sequence,label,task\nACGT,1,a\nGG,0,a\nTT,1,b\n"
+    store = provided(tmp_path, sequences=put(tmp_path / "t", text), where={"task": "a"})
+    assert store.label_table()["label"].tolist() == ["1", "0"]
+    with pytest.raises(InputError, match="labels=TABLE"):
+        provided(tmp_path, sequences=put(tmp_path / "x.fa", FASTA), where={})
