@@ -198,6 +198,10 @@ def map_columns(
                 f"{path} has no column {name!r} for columns.{role}={name}; "
                 f"it has {', '.join(map(repr, present))}"
             )
+    twice = [role for role, name in chosen.items() if list(chosen.values()).count(name) > 1]
+    if twice:
+        which = " and ".join(f"columns.{role}" for role in twice[:2])
+        raise InputError(f"{path}: {which} are both {chosen[twice[0]]!r}; a column says one thing")
     taken = set(chosen.values())
     names = {r: r for r in ROLES if r in present and r not in taken} | chosen
     for tool, known in KNOWN_TABLES.items():

@@ -24,6 +24,7 @@ from pipelines.pathology.store import SlideFeatures, read_slide, slide_folder
 from pipelines.pathology.tile_scores import (
     TileScores,
     draw_scores,
+    left_out,
     tile_scores,
     write_scores,
     write_tile_shapes,
@@ -55,12 +56,16 @@ class Provenances(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Write and find results in `out`; `slides` are the files, for tiles as pictures."""
+    """Write and find results in `out`; `slides` are the files, for tiles as pictures.
+
+    `averages` says that the pooling is a weighted mean of the tiles, not a maximum.
+    """
 
     out: Path
     objective: Objective
     temperature: float
     by_patient: bool
+    averages: bool
     wanted: Wanted
     store: Path
     slides: dict[str, SlideFile]
@@ -130,10 +135,11 @@ class Results:
         prediction = case.prediction
         assert prediction.contributions is not None, "asked to explain"
         said = self.objective.read(prediction.logits.double().numpy()[None]).iloc[0]
+        added = prediction.contributions.double().numpy()
+        if self.averages:
+            added = left_out(prediction.attention.double().numpy(), added)
         parts = zip(
-            case.of_slides(prediction.attention),
-            case.of_slides(prediction.contributions),
-            strict=True,
+            case.of_slides(prediction.attention.numpy()), case.of_slides(added), strict=True
         )
         label = str(said.get("prediction", ""))
         return [tile_scores(self.objective, attention, added, label) for attention, added in parts]

@@ -29,9 +29,9 @@ class Predicted:
     lengths: tuple[int, ...]
     prediction: Prediction
 
-    def of_slides(self, values: torch.Tensor) -> list[np.ndarray]:
+    def of_slides(self, values: np.ndarray) -> list[np.ndarray]:
         """Cut values of the case's tiles [T, ...] into those of its slides."""
-        return np.split(values.numpy(), np.cumsum(self.lengths)[:-1])
+        return np.split(values, np.cumsum(self.lengths)[:-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,14 @@ Two scores of a tile, both of the pooling that makes one vector of all tiles:
 attention   the tile's share of the pooling's weights: all tiles of a sequence sum to 1. It says how
             much a tile counts, not for what. Mean pooling gives each tile the same; max pooling the
             share of channels whose largest value is the tile's.
-NAME        for a class, or "risk" or "value": what the tile adds to that output through the pooling
-            (attention x head of the tile as it leaves the network; `NetworkOutput.contributions`),
-            less the mean over the classes, since the same number added to all of them changes
-            nothing. For bins of time the risk is the sum of the hazards' logits.
+NAME        for a class, or "risk" or "value": what that output loses when the tile is left out of
+            the pooling. With attention a, head l of the tile as it leaves the network, and L the
+            sum over the tiles of a l, that is a (l - L) / (1 - a), for the others' weights grow. It
+            is exact where the head is linear; a head's norm is held at the scale that it has for
+            the slide (`NetworkOutput.contributions`), and tokens at what they are beside the tile.
+            Of max pooling it is the tile's own part, a l by channels. Classes have their mean
+            taken away: the same number added to all of them changes nothing. For bins of time the
+            risk is the sum of the hazards' logits.
 
 For a model of patients the sequence is all slides of a patient: attention sums to 1 over them.
 """
@@ -41,10 +45,20 @@ class TileScores:
     shown: str
 
 
+def left_out(attention: np.ndarray, contributions: np.ndarray) -> np.ndarray:
+    """What each output loses without each tile [T, C], of all tiles of a sequence.
+
+    `contributions` [T, C] are attention [T] times the head of each tile.
+    """
+    share = attention[:, None].astype(np.float64)
+    lost = contributions - share * contributions.sum(0)
+    return lost / np.maximum(1 - share, 1e-6)
+
+
 def tile_scores(
     objective: Objective, attention: np.ndarray, contributions: np.ndarray, prediction: str
 ) -> TileScores:
-    """Name the contributions [N, C] of a slide's tiles; `prediction` is its class if it has one."""
+    """Name what a slide's tiles add [N, C]; `prediction` is its class if it has one."""
     if isinstance(objective, Classification):
         centred = contributions - contributions.mean(1, keepdims=True)
         return TileScores(

@@ -38,7 +38,7 @@ from pipelines.shared.errors import InputError
 from pipelines.shared.loader import BatchStream, ExampleLoader, MakesBatches, Packs
 from pipelines.shared.objective import Objective
 from pipelines.shared.optim import OptimSettings
-from pipelines.shared.preemption import Preemption
+from pipelines.shared.preemption import Preempted, Preemption
 from pipelines.shared.task import SequenceTask
 from sparse_core.ops import engines_used
 
@@ -558,8 +558,8 @@ def _run(trainer: Trainer, task: SequenceTask, data: _Batches, state: Path) -> N
             ckpt_path=state if state.exists() else None,
             weights_only=True,
         )
-    except SystemExit:
-        if not trainer.interrupted:
+    except SystemExit as stopped:
+        if not trainer.interrupted or isinstance(stopped, Preempted):
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None

@@ -97,16 +97,16 @@ def write_stored(store: Path, slide_id: str, grid: np.ndarray, features: np.ndar
 def draw_stored(
     store: Path, burdens: list[float], *, names: list[str] | None = None, seed: int = 0
 ) -> list[str]:
-    """Store slides of 40 to 80 tiles, of which a share (the burden, 0 to 1) is tumour.
+    """Store slides of 20 to 40 tiles, of which a share (the burden, 0 to 1) is tumour.
 
-    Tumour tiles stand at 2 in the first of six normal features.
+    Tumour tiles stand at 4 in the first of six normal features.
     """
     names = names or [f"s{number:03d}" for number in range(len(burdens))]
     for number, (name, burden) in enumerate(zip(names, burdens, strict=True)):
         rng = np.random.default_rng([seed, number])
-        grid = draw_tissue(int(rng.integers(40, 80)), seed=seed + number)
+        grid = draw_tissue(int(rng.integers(20, 40)), seed=seed + number)
         features = rng.normal(size=(len(grid), 6))
-        features[rng.random(len(grid)) < burden, 0] += 2.0
+        features[rng.random(len(grid)) < burden, 0] += 4.0
         write_stored(store, name, grid, features)
     return names
 

@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from pipelines.shared import fit as fit_module
@@ -17,6 +19,7 @@ from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitReport, FitSettings, build_logger, fit
 from pipelines.shared.objective import Classification, balanced_weights
 from pipelines.shared.optim import OptimSettings
+from pipelines.shared.preemption import EXIT_CODE
 
 MakeNetwork = Callable[..., nn.Module]
 MakeExamples = Callable[..., ExampleList]
@@ -165,6 +168,44 @@ def test_a_resumed_run_goes_on_in_the_middle_of_an_epoch(
     assert resumed.left == 0
     assert again.scores["train_loss"] == report.scores["train_loss"]
     _assert_equal(_weights(counting), _weights(resumed))
+
+
+class _Signalling(Callback):
+    """Send this process SIGUSR1, as a cluster does, in the middle of an epoch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_sigusr1_stops_a_run_that_then_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, make_network: MakeNetwork, make_examples: MakeExamples
+) -> None:
+    given = (make_examples(24), make_examples(10, seed=1))
+    settings = replace(SETTINGS, select="last")
+    before = signal.getsignal(signal.SIGUSR1)
+    network, report = fit(
+        make_network(dropout=0.3), *given, objective=CLASSES, out=tmp_path / "whole",
+        settings=settings,
+    )  # fmt: skip
+    steps = report.steps
+    for step in (steps // 3, 2 * steps // 3):
+        with pytest.raises(SystemExit) as stopped:
+            fit(
+                make_network(dropout=0.3), *given, objective=CLASSES, out=tmp_path / "cut",
+                settings=settings, callbacks=[_Signalling(step)],
+            )  # fmt: skip
+        assert stopped.value.code == EXIT_CODE
+        assert signal.getsignal(signal.SIGUSR1) == before
+    resumed, again = fit(
+        make_network(dropout=0.3), *given, objective=CLASSES, out=tmp_path / "cut",
+        settings=settings,
+    )  # fmt: skip
+    _assert_equal(_weights(network), _weights(resumed))
+    assert again.scores["val_loss"] == report.scores["val_loss"]
 
 
 def test_a_finished_network_is_taken_up_without_training(
