@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, UInt64
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import reverse_complement
@@ -73,12 +74,13 @@ def find_leaks(collection: Collection, *, progress: bool = False) -> Leaks:
     if "split" not in table:
         return Leaks(pd.DataFrame(columns=_COLUMNS), pd.DataFrame(), [])
     items, counts, notes = [], [], []
+    known = _Known(collection, progress=progress)
     for split, against in PAIRS:
         later = np.flatnonzero(table["split"] == split)
         earlier = np.flatnonzero(table["split"] == against)
         if not (later.size and earlier.size):
             continue
-        found = _Comparison(collection, later, earlier, progress=progress)
+        found = _Comparison(known, later, earlier, against)
         notes += found.notes
         items.append(found.items(split, against))
         counts += found.counts(split, against)
@@ -89,17 +91,50 @@ def find_leaks(collection: Collection, *, progress: bool = False) -> Leaks:
     )
 
 
+class _Known:
+    """What is computed of the items once, however many pairs of splits are compared."""
+
+    def __init__(self, collection: Collection, *, progress: bool) -> None:
+        self.collection, self.progress = collection, progress
+        self.sampled = choose_sampling(collection.lengths, _MOST_WORDS)
+        self._words: dict[str, ndarray] = {}
+
+    @cached_property
+    def digests(self) -> tuple[list[bytes], list[bytes]]:
+        """Digests of each item, as it stands and of the other strand."""
+        read = self.collection.sequences.read
+        pairs = [
+            (digest(tokens), digest(reverse_complement(tokens)))
+            for tokens in (read(record) for record in self.collection.records.tolist())
+        ]
+        return [one for one, _ in pairs], [other for _, other in pairs]
+
+    def words(self, split: str, rows: Int64[ndarray, "M"]) -> UInt64[ndarray, "V"]:
+        """Ascending words of a split's items."""
+        if split not in self._words:
+            found = collect_words(
+                self.collection.sequences,
+                self.collection.records[rows],
+                LEAK_K,
+                sampled=self.sampled,
+                progress=f"{LEAK_K}-mers of {split}" if self.progress else None,
+            ).hashes
+            found.sort()
+            self._words[split] = found
+        return self._words[split]
+
+
 class _Comparison:
     """Items of one split (`later`) held against those of another (`earlier`)."""
 
     def __init__(
         self,
-        collection: Collection,
+        known: _Known,
         later: Int64[ndarray, "L"],
         earlier: Int64[ndarray, "M"],
-        *,
-        progress: bool,
+        against: str,
     ) -> None:
+        collection = known.collection
         table = collection.table
         self.table = table.iloc[later]
         self.lengths = collection.lengths[later]
@@ -113,44 +148,24 @@ class _Comparison:
             places = table[["contig", "start", "end", "strand"]]
             self.identical = _first_equal(places.iloc[later], places.iloc[earlier], earlier)
             self.overlapping = overlaps(places.iloc[later], places.iloc[earlier], earlier)
-        if collection.store is not None:
-            copies, turned = _copies(collection, later, earlier)
-            self.identical = np.where(self.identical >= 0, self.identical, copies)
-            self.reversed = turned
-            self.share = self._shared(collection, later, earlier, progress=progress)
-
-    def _shared(
-        self,
-        collection: Collection,
-        later: Int64[ndarray, "L"],
-        earlier: Int64[ndarray, "M"],
-        *,
-        progress: bool,
-    ) -> ndarray:
-        assert collection.store is not None, "compared by sequence"
-        known_lengths = collection.lengths[earlier]
-        sampled = choose_sampling(known_lengths, _MOST_WORDS)
-        if sampled > 1:
-            self.notes.append(
-                f"one 50-mer in {sampled} was looked at: items that share few are not all found"
-            )
-        known = collect_words(
-            collection.store,
-            collection.records[earlier],
-            LEAK_K,
-            sampled=sampled,
-            progress="50-mers" if progress else None,
-        ).hashes
-        known.sort()
+        if collection.store is None:
+            return
+        copies, self.reversed = _copies(known, later, earlier)
+        self.identical = np.where(self.identical >= 0, self.identical, copies)
         words, shared = shared_words(
             collection.store,
             collection.records[later],
-            known,
+            known.words(against, earlier),
             LEAK_K,
-            sampled=sampled,
-            progress="compared" if progress else None,
+            sampled=known.sampled,
+            progress="compared" if known.progress else None,
         )
-        return shared / np.maximum(words, 1)
+        self.share = shared / np.maximum(words, 1)
+        if known.sampled > 1:
+            self.notes.append(
+                f"one {LEAK_K}-mer in {known.sampled} was looked at: items that share few are not "
+                "all found"
+            )
 
     def criteria(self) -> Iterator[tuple[str, Bool[ndarray, "L"]]]:
         """Name each criterion, and the items that it holds for; the last one is any of them."""
@@ -258,22 +273,16 @@ def _first_equal(
 
 
 def _copies(
-    collection: Collection, later: Int64[ndarray, "L"], earlier: Int64[ndarray, "M"]
+    known: _Known, later: Int64[ndarray, "L"], earlier: Int64[ndarray, "M"]
 ) -> tuple[Int64[ndarray, "L"], Int64[ndarray, "L"]]:
     """Name for each item one of `earlier` with its bases, and one with the other strand's."""
-    assert collection.store is not None, "compared by sequence"
-    read, records = collection.store.read, collection.records
-    lengths = set(collection.lengths[later].tolist())
-    known: dict[bytes, int] = {}
+    own, opposite = known.digests
+    there: dict[bytes, int] = {}
     for row in earlier.tolist():
-        if int(collection.lengths[row]) in lengths:
-            known.setdefault(digest(read(int(records[row]))), row)
-    same, turned = np.full(later.size, -1), np.full(later.size, -1)
-    for place, row in enumerate(later.tolist()):
-        tokens = read(int(records[row]))
-        same[place] = known.get(digest(tokens), -1)
-        turned[place] = known.get(digest(reverse_complement(tokens)), -1)
-    return same, turned
+        there.setdefault(own[row], row)
+    same = [there.get(own[row], -1) for row in later.tolist()]
+    turned = [there.get(opposite[row], -1) for row in later.tolist()]
+    return np.array(same, dtype=np.int64), np.array(turned, dtype=np.int64)
 
 
 def _aligned(table: pd.DataFrame) -> list[str]:
