@@ -4,6 +4,7 @@ import io
 import zipfile
 from typing import BinaryIO, Literal
 
+from pipelines.genomics.alphabet import LETTERS
 from pipelines.genomics.opening import Source
 from pipelines.shared.errors import InputError
 
@@ -13,6 +14,7 @@ DELIMITERS = "\t,;"
 
 WANTED = "FASTA, GenBank, 2bit, a table with a sequence column, or a folder of them by split"
 
+_NUCLEOTIDES = f"{LETTERS}U".encode()
 _UTF8_BOM = b"\xef\xbb\xbf"
 _CONVERT = "convert it to FASTA"
 _UNPACK = "unpack it or compress with gzip"
@@ -121,8 +123,20 @@ def _tell_text(source: Source, start: bytes) -> Format:
         return "table"
     if not line.strip().upper().translate(None, b"ACGTUN"):
         raise _other(source, "letters without a header; write a line '>name' above each sequence")
+    if _is_column(lines[number - 1 :]):
+        return "table"
     raise InputError(
         f"{source.name}: line {number} is of no format known here: {_shown(line)}; give {WANTED}"
+    )
+
+
+def _is_column(lines: list[bytes]) -> bool:
+    """Tell a table of one column: one word, and letters below it."""
+    words = [line.split() for line in lines[:3] if line.strip()]
+    return (
+        len(words) > 1
+        and all(len(line) == 1 for line in words)
+        and not words[1][0].upper().translate(None, _NUCLEOTIDES)
     )
 
 

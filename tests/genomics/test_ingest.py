@@ -381,7 +381,7 @@ def provided(tmp_path, **given):
     strict = yaml.safe_load((conf_folder() / "reading" / "strict.yaml").read_text())
     roles = {role: role for role in ROLES}
     config = {"sequences": None, "store": None, "columns": roles, "reading": strict, "where": {}}
-    return provide_store(config | given, tmp_path / "out", require_labels="where" in given)
+    return provide_store(config | given, tmp_path / "out", with_labels="where" in given)
 
 
 @pytest.mark.parametrize("kind", ["fasta", "genbank", "2bit", "table"])
@@ -402,4 +402,4 @@ def test_verbs_that_need_labels_take_those_of_the_table(tmp_path):
     store = provided(tmp_path, sequences=put(tmp_path / "t", text), where={"task": "a"})
     assert store.label_table()["label"].tolist() == ["1", "0"]
     with pytest.raises(InputError, match="labels=TABLE"):
-        provided(tmp_path, sequences=put(tmp_path / "x.fa", FASTA), where={})
+        provided(tmp_path, sequences=put(tmp_path / "x.fa", FASTA), where={}).label_table()
