@@ -212,7 +212,8 @@ def test_labels_are_matched_by_id_in_the_order_of_the_store(store):
 
 def test_a_full_match_needs_no_notes(store):
     assert (
-        match_labels(store.ids, pd.DataFrame({"id": list("dcba"), "label": list("0101")})).notes() == []
+        match_labels(store.ids, pd.DataFrame({"id": list("dcba"), "label": list("0101")})).notes()
+        == []
     )
 
 

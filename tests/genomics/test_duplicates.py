@@ -101,7 +101,9 @@ def test_copies_come_into_one_split_where_none_are_given():
 
 def test_given_splits_that_tear_copies_apart_are_refused_with_their_ids():
     given = ["train", "val", "train", "val", "train", "test"]
-    with pytest.raises(InputError, match=r"1 pairs.*\n  'a' \(train\) and 'f' \(test\)\nuse overlap="):
+    with pytest.raises(
+        InputError, match=r"1 pairs.*\n  'a' \(train\) and 'f' \(test\)\nuse overlap="
+    ):
         settle_copies(COPIES, choose(given=given), "error")
     whole = ["train", "val", "train", "val", "train", "train"]
     assert settle_copies(COPIES, choose(given=whole), "error").kept.size == 6
