@@ -23,8 +23,6 @@ from pipelines.shared.network import (
     FeatureStem,
     NetworkOutput,
     SequencePooling,
-    contribute,
-    linear_head,
     segment_softmax,
 )
 
@@ -114,7 +112,11 @@ class PoolingClassifier(nn.Module):
         self.subtyping = subtyping
 
     def forward(self, batch: PackedBatch, *, explain: bool = False) -> NetworkOutput:
-        """Score every sequence; in training, clam_sb adds the loss of its tiles."""
+        """Score every sequence; in training, clam_sb adds the loss of its tiles.
+
+        A tile's contribution is its share of the pooled vector through the head: attention times
+        the head of the tile. Over a slide they sum to the logits less the head's bias.
+        """
         x = self.stem(batch.inputs, batch.lengths)
         number = torch.arange(batch.lengths.numel(), device=x.device)
         segment = number.repeat_interleave(batch.lengths.to(x.device), output_size=len(x))
@@ -122,7 +124,7 @@ class PoolingClassifier(nn.Module):
         contributions = None
         if explain:
             shares = self.pool.shares(x, segment, batch.lengths.numel())
-            contributions = contribute(shares, linear_head(self.head, pooled), batch.lengths)
+            contributions = shares @ self.head[1].weight.to(shares.dtype).T
         auxiliary = None
         if self.tile_classifiers is not None and self.training and batch.targets is not None:
             auxiliary = self.instance_weight * self._tile_loss(x, attention, batch)

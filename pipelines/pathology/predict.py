@@ -88,7 +88,7 @@ def _run(config: dict[str, Any], model: LoadedModel, source: _Source, out: Path)
         load_objective(model.metadata["task"]),  # type: ignore[arg-type]
         temperature=float(model.metadata["temperature"]),  # type: ignore[arg-type]
         by_patient=model.metadata["unit"] == "patient",
-        averages="max" not in str(model.config.get("kind") or model.config.get("pooling")),
+        averages=model.config.get("kind", "max") != "max",
         wanted=wanted,
         store=source.store,
         slides=source.slides,

@@ -58,7 +58,7 @@ class Provenances(Protocol):
 class Results:
     """Write and find results in `out`; `slides` are the files, for tiles as pictures.
 
-    `averages` says that the pooling is a weighted mean of the tiles, not a maximum.
+    `averages` says that the model does nothing but average tiles, with weights.
     """
 
     out: Path

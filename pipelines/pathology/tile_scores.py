@@ -1,18 +1,21 @@
 """What single tiles have to do with a slide's result: kept as numbers, and drawn.
 
-Two scores of a tile, both of the pooling that makes one vector of all tiles:
+Two scores of a tile:
 
 attention   the tile's share of the pooling's weights: all tiles of a sequence sum to 1. It says how
             much a tile counts, not for what. Mean pooling gives each tile the same; max pooling the
             share of channels whose largest value is the tile's.
-NAME        for a class, or "risk" or "value": what that output loses when the tile is left out of
-            the pooling. With attention a, head l of the tile as it leaves the network, and L the
-            sum over the tiles of a l, that is a (l - L) / (1 - a), for the others' weights grow. It
-            is exact where the head is linear; a head's norm is held at the scale that it has for
-            the slide (`NetworkOutput.contributions`), and tokens at what they are beside the tile.
-            Of max pooling it is the tile's own part, a l by channels. Classes have their mean
-            taken away: the same number added to all of them changes nothing. For bins of time the
-            risk is the sum of the hazards' logits.
+NAME        for a class, or "risk" or "value": what that output owes to the tile.
+            Of models that average tiles: what it loses when the tile is left out. With attention a,
+            head l of the tile, and L the sum over the tiles of a l, that is a (l - L) / (1 - a),
+            for the others' weights grow; it is exact. Of max pooling: the tile's own part.
+            Of our transformer, where tiles also speak through their neighbours and registers: the
+            change from the slide's mean tile to this one, to first order, gradient times difference
+            (`SequenceClassifier.forward`). Attention times the head of the tile as it leaves the
+            encoder would miss them: on slides with few tumour tiles it ran against what removing
+            tiles does.
+            Classes have their mean taken away: the same number added to all of them changes
+            nothing. For bins of time the risk is the sum of the hazards' logits.
 
 For a model of patients the sequence is all slides of a patient: attention sums to 1 over them.
 """

@@ -47,7 +47,9 @@ def predict(
     for indices in TokenBudgetBatches(examples.lengths, max_tokens):
         members = [examples[index] for index in indices]
         batch = pack(members)
-        with torch.inference_mode(), torch.autocast(kind, autocast, enabled=autocast is not None):
+        # explaining takes gradients, which inference mode would forbid
+        quiet = torch.no_grad() if explain else torch.inference_mode()
+        with quiet, torch.autocast(kind, autocast, enabled=autocast is not None):
             given = batch.to(device)
             output = network(given, explain=True) if explain else network(given)
         logits = output.logits.float().cpu()

@@ -28,8 +28,8 @@ class NetworkOutput:
 
     `logits` are a number per class, or what else the objective asks for; `attention` sums to 1 in
     each sequence. `embedding` is what the head reads. `contributions`, if asked for, is what each
-    input token adds to each number through the pooling: over a sequence they sum to the logits less
-    what the registers and the head's bias add. `auxiliary` is a loss that the network adds itself.
+    input token adds to each number; each network says how. `auxiliary` is a loss that the network
+    adds itself.
     """
 
     logits: Float[Tensor, "S C"]
@@ -106,11 +106,31 @@ class SequenceClassifier(nn.Module):
     def forward(self, batch: PackedBatch, *, explain: bool = False) -> NetworkOutput:
         """Score every sequence of the batch; `explain` adds the tokens' contributions.
 
-        A token's contribution to a number is its attention times what the head makes of the token
-        as it leaves the encoder, with the head's norm held at the scale that it has for the whole
-        sequence. So contributions add up.
+        A token's contribution is the change of each number, to first order, from the mean token of
+        its sequence to the token itself, as they enter the encoder: gradient times difference
+        (Baehrens et al. 2010; Ancona et al. 2018, section 3, with the mean as baseline). It counts
+        every way through the network, registers too, which attention in the pooling does not.
         """
-        x = self.stem(batch.inputs, batch.lengths)
+        if not explain:
+            return self._read(self.stem(batch.inputs, batch.lengths), batch)
+        with torch.enable_grad():
+            x = self.stem(batch.inputs, batch.lengths).detach().requires_grad_()
+            output = self._read(x, batch)
+            totals = output.logits.sum(0)  # a sequence's numbers depend on its own tokens alone
+            slopes = [torch.autograd.grad(total, x, retain_graph=True)[0] for total in totals]
+        lengths = self._tokens(batch).lengths.tolist()
+        parts = x.detach().split(lengths)
+        away = torch.cat([part - part.mean(0) for part in parts])
+        added = torch.stack([(slope * away).sum(1) for slope in slopes], 1)
+        return NetworkOutput(
+            output.logits.detach(),
+            output.attention.detach(),
+            output.embedding.detach(),
+            self._by_input(added, batch),
+        )
+
+    def _read(self, x: Float[Tensor, "N E"], batch: PackedBatch) -> NetworkOutput:
+        """Encode tokens, pool them, and read the pooled vectors."""
         tokens = self._tokens(batch)
         lengths = tokens.lengths.to(x.device)
         segment, place = self._places(tokens.coords, lengths)
@@ -120,14 +140,7 @@ class SequenceClassifier(nn.Module):
         if self.num_registers:
             registers = encoded[self._register_places(lengths)].mean(1)
             pooled = torch.cat([pooled, registers], 1) if self.apart else pooled + registers
-        contributions = None
-        if explain:
-            shares = self.pool.shares(encoded[place], segment, lengths.numel())
-            weights = linear_head(self.head, pooled)[..., : shares.shape[1]]
-            contributions = self._by_input(contribute(shares, weights, tokens.lengths), batch)
-        return NetworkOutput(
-            self.head(pooled), self._by_input(attention, batch), pooled, contributions
-        )
+        return NetworkOutput(self.head(pooled), self._by_input(attention, batch), pooled)
 
     def build_layouts(self, batch: PackedBatch) -> tuple[AnyLayout, ...]:
         """Build the layouts of a batch, registers included; none if no layer attends."""
@@ -262,16 +275,6 @@ class SeveralPoolings(nn.ModuleList):
         vectors, weights = zip(*(pool(x, segment, num_sequences) for pool in self), strict=True)
         return torch.cat(vectors, 1), torch.stack(weights).mean(0)
 
-    def shares(
-        self, x: Float[Tensor, "T E"], segment: Int64[Tensor, " T"], num_sequences: int
-    ) -> Float[Tensor, "T F"]:
-        """What each token gives to the pooled vectors, side by side."""
-        parts = []
-        for pool in self:
-            assert isinstance(pool, SequencePooling), "built so"
-            parts.append(pool.shares(x, segment, num_sequences))
-        return torch.cat(parts, 1)
-
 
 def build_pooling(dim: int, pooling: str) -> SequencePooling | SeveralPoolings:
     """Build a pooling from its name, or several from names joined by +."""
@@ -367,33 +370,6 @@ def build_head_norm(dim: int, kind: str) -> nn.Module:
     if kind not in ("layer", "batch"):
         raise ValueError(f"head_norm is layer or batch; got {kind!r}")
     return nn.LayerNorm(dim) if kind == "layer" else SequenceNorm(dim)
-
-
-def linear_head(head: nn.Sequential, pooled: Float[Tensor, "S F"]) -> Float[Tensor, "S C F"]:
-    """Weights of each pooled channel in each number, the norm's scale held as it is.
-
-    For LayerNorm that is W diag(gain) (I - 1/F) / deviation, of which only the deviation depends on
-    the sequence; SequenceNorm in evaluation is linear as it stands.
-    """
-    norm, last = head[0], head[-1]
-    assert isinstance(last, nn.Linear), "a head ends in a linear layer"
-    if isinstance(norm, SequenceNorm):
-        gain = norm.weight * (norm.variance + norm.eps).rsqrt()
-        return (last.weight * gain).expand(len(pooled), -1, -1)
-    if isinstance(norm, nn.LayerNorm):
-        deviation = (pooled.var(1, correction=0) + norm.eps).sqrt()
-        weights = last.weight * norm.weight
-        return (weights - weights.mean(1, keepdim=True)) / deviation[:, None, None]
-    return last.weight.expand(len(pooled), -1, -1)
-
-
-def contribute(
-    shares: Float[Tensor, "T F"], weights: Float[Tensor, "S C F"], lengths: Int64[Tensor, " S"]
-) -> Float[Tensor, "T C"]:
-    """What each token adds to each number: its share of the pooled vector, through the head."""
-    parts = shares.split(lengths.tolist())
-    each = [part @ weight.to(part.dtype).T for part, weight in zip(parts, weights, strict=True)]
-    return torch.cat(each)
 
 
 def segment_max(

@@ -54,10 +54,15 @@ def cohort(draw_slides: Callable[..., list[str]], tmp_path_factory) -> Path:
     return folder
 
 
-def test_removing_the_highest_tenth_costs_more_than_any_tenth(cohort: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["abmil", "tiny"])
+def test_removing_the_highest_tenth_costs_more_than_any_tenth(
+    cohort: Path, tmp_path: Path, model: str
+) -> None:
     given = [f"features={cohort / 'store'}", f"labels={cohort / 'labels.csv'}"]
     quick = ["epochs=15", "optim.lr=0.01", "logger=none", "trainer.progress=false", "baselines=[]"]
-    assert run("train", *given, f"out={tmp_path / 'run'}", "model=abmil", "heatmaps=0", *quick) == 0
+    assert (
+        run("train", *given, f"out={tmp_path / 'run'}", f"model={model}", "heatmaps=0", *quick) == 0
+    )
     ckpt, out = tmp_path / "run" / "model.ckpt", tmp_path / "out"
     assert run("predict", given[0], f"ckpt={ckpt}", f"out={out}", "geojson=false") == 0
     saved = load_model(ckpt, task="pathology")
@@ -81,6 +86,6 @@ def test_removing_the_highest_tenth_costs_more_than_any_tenth(cohort: Path, tmp_
         margin = logits[:, column] - logits[:, 1 - column]
         falls.append((margin[0] - margin[1], margin[0] - margin[2:].mean()))
     highest, other = np.mean(falls, axis=0)
-    assert len(falls) > 15
+    assert len(falls) > 10
     assert highest > 0
     assert highest > 2 * other

@@ -230,3 +230,20 @@ def test_processes_share_their_statistics(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat([part[1] for part in found]), x.grad)
     for part in found:
         torch.testing.assert_close(part[2:], (norm.mean, norm.variance))
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_contributions_are_slopes_times_what_a_token_is_beside_the_mean(stride: int) -> None:
+    network = build(stride, pooling="mean+max").double().eval()
+    batch = pack(draw(LENGTHS))
+    with torch.no_grad():
+        found = network(batch, explain=True)
+        torch.testing.assert_close(found.logits, network(batch).logits)
+        tokens = network.stem(batch.inputs, batch.lengths)
+        parts = tokens.split([-(-length // stride) for length in LENGTHS])
+        away = torch.cat([part - part.mean(0) for part in parts])
+        step = 1e-6
+        moved = [network._read(tokens + sign * step * away, batch).logits for sign in (1, -1)]
+    slope = (moved[0] - moved[1]) / (2 * step)
+    sums = torch.stack([part.sum(0) for part in found.contributions.split(LENGTHS)])
+    torch.testing.assert_close(sums, slope, rtol=1e-4, atol=1e-6)
