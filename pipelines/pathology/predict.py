@@ -105,6 +105,7 @@ def _run(config: dict[str, Any], model: LoadedModel, source: _Source, out: Path)
         source.store,
         by_patient=results.by_patient,
         ahead=not source.is_made,
+        explain=wanted.scores,
         max_tokens=config["max_tokens"],
         encoder=str(model.metadata["encoder_fingerprint"]),
         device=config["device"],

@@ -45,6 +45,11 @@ class Wanted:
     tile_scores: bool
     top_tiles: int
 
+    @property
+    def scores(self) -> bool:
+        """Whether anything is said of single tiles."""
+        return self.heatmaps or self.geojson or self.tile_scores or self.top_tiles > 0
+
 
 class Provenances(Protocol):
     """Knows what the features of slides are made from."""
@@ -82,14 +87,15 @@ class Results:
     def keep(self, case: Predicted, source: Provenances) -> Failure | None:
         """Write everything of a case, its JSON last; return what could not be drawn."""
         failure = None
-        for slide_id, scores in zip(case.slides, self._scores(case), strict=True):
+        all_scores = self._scores(case) if self.wanted.scores else []
+        for slide_id, scores in zip(case.slides, all_scores, strict=bool(all_scores)):
             slide = read_slide(slide_folder(self.store, slide_id))
             try:
                 self._write_slide(slide, scores, case)
             except SlideError as error:  # the slide was read before: it has changed since
                 failure = Failure(slide_id, str(self.store), *_plain(error))
         prediction = case.prediction
-        assert prediction.embedding is not None, "asked to explain"
+        assert prediction.embedding is not None, "networks of slides have one"
         _write_json(
             self._file(case.name),
             {

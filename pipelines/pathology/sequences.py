@@ -48,12 +48,15 @@ def predict_cases(
     *,
     by_patient: bool,
     ahead: bool,
+    explain: bool,
     max_tokens: int,
     encoder: str | None = None,
     device: str = "cpu",
     autocast: torch.dtype | None = None,
 ) -> Iterator[Predicted | Failure]:
     """Yield the result of each case, in their order; one that fails is yielded as a failure.
+
+    `explain` adds the tiles' contributions, for the time and memory of a training step.
 
     With `ahead` the next case is read while one is computed, so that two are held in memory;
     without, a case is asked for when the one before it is done. `encoder` (its name or fingerprint)
@@ -77,7 +80,7 @@ def predict_cases(
                     examples,
                     max_tokens=max_tokens,
                     device=device,
-                    explain=True,
+                    explain=explain,
                     autocast=autocast,
                 )
             )

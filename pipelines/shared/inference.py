@@ -39,7 +39,7 @@ def predict(
     """Yield a prediction for each example, in their order, reading one batch at a time.
 
     The network is moved to `device` and set to evaluation. Packed sequences do not see each other,
-    so a result depends on its batch by rounding noise alone. `explain` adds embeddings and
+    so a result depends on its batch by rounding noise alone. `explain` adds
     contributions; `autocast` computes products in a lower precision, such as torch.bfloat16.
     """
     network.to(device).eval()
@@ -55,7 +55,8 @@ def predict(
         logits = output.logits.float().cpu()
         lengths = batch.lengths.tolist()
         parts = output.attention.float().cpu().split(lengths)
-        embeddings = output.embedding.float().cpu() if explain else [None] * len(members)
+        vectors = getattr(output, "embedding", None)
+        embeddings = [None] * len(members) if vectors is None else vectors.float().cpu()
         added = [None] * len(members)
         if explain:
             added = output.contributions.float().cpu().split(lengths)

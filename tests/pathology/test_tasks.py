@@ -87,7 +87,12 @@ def test_patients_are_predicted_as_they_were_in_training(cohort: Path, tmp_path:
     command = ["predict", f"features={cohort / 'store'}", f"ckpt={tmp_path / 'model.ckpt'}"]
     assert run(*command, f"out={out}") == 2  # whose are the slides?
     patients = f"patients={cohort / 'labels.csv'}"
-    assert run(*command, f"out={out}", patients, "geojson=false", "tile_scores=false") == 0
+    assert (
+        run(
+            *command, f"out={out}", patients, "geojson=false", "tile_scores=false", "heatmaps=false"
+        )
+        == 0
+    )
     again = pd.read_csv(out / "predictions.csv").set_index("patient_id")
     ours = table.set_index("patient_id")
     found = again.loc[ours.index, "probability_much"]
