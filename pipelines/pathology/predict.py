@@ -45,6 +45,11 @@ def predict(config: dict[str, Any]) -> int:
             "slides= is missing: predict needs slides=... ckpt=..., or features=FOLDER with stored "
             "features instead of slides"
         )
+    if config["features"] and not config["keep_features"]:
+        raise InputError(
+            "keep_features=false removes the features that predict makes, and features= names a "
+            "store that holds others too; leave one of the two out"
+        )
     model = load_model(ckpt, task=TASK)
     if config["device"].startswith("cuda") and not torch.cuda.is_available():
         raise InputError("device=cuda: no GPU is found here; use device=cpu")
@@ -184,7 +189,7 @@ def _ready(
 
 def _drop(config: dict[str, Any], source: _Source, item: Predicted | Failure) -> None:
     """Remove the features of a predicted case, where they are not to be kept."""
-    if config["keep_features"] or not source.is_made or isinstance(item, Failure):
+    if config["keep_features"] or isinstance(item, Failure):
         return
     for slide_id in item.slides:
         shutil.rmtree(slide_folder(source.store, slide_id), ignore_errors=True)

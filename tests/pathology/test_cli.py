@@ -113,6 +113,21 @@ def test_predict_goes_on_past_bad_slides_and_resumes(
     assert pd.read_csv(out / "predictions.csv").equals(table)
 
 
+def test_predict_removes_only_the_features_that_it_made(
+    trained: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slides, out = tmp_path / "slides", tmp_path / "out"
+    slides.mkdir()
+    shutil.copy(min((cohort / "slides").iterdir()), slides)
+    command = ["predict", f"slides={slides}", f"ckpt={trained / 'model.ckpt'}", f"out={out}"]
+    command += ["keep_features=false", "num_workers=1"]
+    assert run(*command, f"features={trained / 'features'}") == 2
+    assert "holds others too" in capsys.readouterr().err
+    assert run(*command) == 0
+    assert len(pd.read_csv(out / "predictions.csv")) == 1
+    assert not [path for path in (out / "features").iterdir() if path.is_dir()]
+
+
 def test_train_and_predict_agree(trained: Path, cohort: Path, tmp_path: Path) -> None:
     code = run(
         "predict", f"slides={cohort / 'slides'}", f"ckpt={trained / 'model.ckpt'}",
