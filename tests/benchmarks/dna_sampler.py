@@ -5,9 +5,10 @@
 Ingests SEQUENCES (any format; without it random letters with runs of N, of which 30 % are soft
 masked) repeated up to MEGABASES into a store in FOLDER. Then takes an epoch's batches (labels,
 soft mask, half of the windows from the other strand, shards read on the way) out of a DataLoader
-with one worker, and the same windows by a slice of the Zarr array each. Starting the worker counts,
-so that small stores look slow; CPU seconds are those of both processes, for a machine that others
-use too. Bars: 50,000 windows/s of 512 bp, 500 Mbp/s of 131,072 bp. Exits with 1 where one is missed.
+with one worker, and the same windows by a slice of the Zarr array each. Starting the worker
+counts, so that small stores look slow; CPU seconds are those of both processes, for a machine that
+others use too. Bars: 50,000 windows/s of 512 bp, 500 Mbp/s of 131,072 bp. Exits with 1 where one
+is missed.
 """
 
 import resource
