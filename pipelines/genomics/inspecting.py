@@ -19,11 +19,10 @@ from pipelines.genomics.leaks import Leaks, find_leaks
 from pipelines.genomics.progress import BaseCount
 from pipelines.genomics.splitting import find_item_copies, keep_apart
 from pipelines.shared.errors import InputError
-from pipelines.shared.metrics import align
 from pipelines.shared.plots import COLOURS
 from pipelines.shared.record import RunState, finish_run, make_folder, open_run
 from pipelines.shared.splits import SPLITS
-from pipelines.shared.tables import write_failures, write_table
+from pipelines.shared.tables import align, write_failures, write_table
 
 _QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 _MOST_LABELS = 8

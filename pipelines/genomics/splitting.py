@@ -25,10 +25,9 @@ from pipelines.genomics.ingest import require_input
 from pipelines.genomics.leaks import PAIRS, overlaps
 from pipelines.genomics.similarity import MAX_K, cluster_records
 from pipelines.shared.errors import InputError
-from pipelines.shared.metrics import align
 from pipelines.shared.record import RunState, finish_run, make_folder, open_run
 from pipelines.shared.splits import SPLITS, assign_splits
-from pipelines.shared.tables import write_failures, write_table
+from pipelines.shared.tables import align, write_failures, write_table
 
 By = Literal["record", "group", "cluster", "chromosome", "given"]
 WAYS = get_args(By)

@@ -13,7 +13,6 @@ from pipelines.pathology.manifest import map_columns, read_slide_table, strip_en
 from pipelines.pathology.split_tables import SplitTable, read_split_tables
 from pipelines.pathology.store import list_slides, read_index
 from pipelines.shared.errors import InputError
-from pipelines.shared.metrics import align
 from pipelines.shared.record import RunState, finish_run, open_run
 from pipelines.shared.splits import (
     EXTERNAL,
@@ -25,7 +24,7 @@ from pipelines.shared.splits import (
     draw_folds,
     require_no_leak,
 )
-from pipelines.shared.tables import keep_rows, read_table, require_unique, write_table
+from pipelines.shared.tables import align, keep_rows, read_table, require_unique, write_table
 
 _MOST_CLASSES = 20  # of numbers; more of them are a quantity
 _QUANTILES = 4

@@ -171,8 +171,8 @@ class Intersection(Pattern):
 class Sum(Pattern):
     """Each of the parts under one softmax, where a pair counts once for each part that allows it.
 
-    Written `a + b`; a mixture of attentions by their denominators (LongNet, Ding et al. 2023,
-    equation 11) is the same. As a mask it is the union.
+    Written `a + b`; a mixture of attentions by their denominators (LongNet, Ding et al. 2023) is
+    the same. As a mask it is the union.
     """
 
     parts: tuple[Pattern, ...]

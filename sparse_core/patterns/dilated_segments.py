@@ -10,11 +10,11 @@ from sparse_core.patterns.terms import Clause, InSegment
 class DilatedSegments(Pattern):
     """Cut each sequence into segments; every `dilation`-th token of one sees all the others.
 
-    Dilated attention (LongNet, Ding et al. 2023, section 3.1). Which tokens take part is said by
-    `offset`, or, without one, by the head: head h takes those h modulo `dilation` places from the
-    segment's start (equation 13), so that heads together reach all tokens. Positions count in each
+    Dilated attention (LongNet, Ding et al. 2023). Which tokens take part is said by `offset`, or,
+    without one, by the head: head h takes those h modulo `dilation` places from the segment's start
+    (its multi-head form), so that heads together reach all tokens. Positions count in each
     sequence. Branches add up to LongNet: `DilatedSegments(1024) + DilatedSegments(4096, 4)` is one
-    softmax, in which a pair counts once for each branch (equation 11).
+    softmax, in which a pair counts once for each branch (its mixture by the softmax's sums).
 
     ::
 
