@@ -352,7 +352,7 @@ def _build_part(
         drawn = _draw_tiles(own, earlier, sides, (queries, keys), (row, column, full))
         row, column, full, tile, tiles = drawn
     found = [
-        _both_lists(_of_variant(plan, query_boxes, (row, column, full, tile), v), queries, keys)
+        both_lists(_of_variant(plan, query_boxes, (row, column, full, tile), v), queries, keys)
         for v in range(plan.num_variants())
     ]
     rows, columns = (
@@ -372,7 +372,8 @@ def _of_variant(
     return tuple(x[chosen] if x.numel() else x for x in entries)
 
 
-def _both_lists(entries: tuple[Tensor, ...], queries: Blocks, keys: Blocks) -> tuple[Lists, Lists]:
+def both_lists(entries: tuple[Tensor, ...], queries: Blocks, keys: Blocks) -> tuple[Lists, Lists]:
+    """List entries (row, column, full, tile), given by row, then column, from both sides."""
     row, column, full, tile = entries
     num_full = int(full.sum())
     rows, order = _compress(row, column, full, len(queries), num_full, is_sorted=True)

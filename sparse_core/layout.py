@@ -163,7 +163,7 @@ def concat(layouts: list[BlockLayout]) -> BlockLayout:
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(layout, name) for layout in layouts])
 
-    return _with_parts(
+    return with_parts(
         first,
         tuple(parts),
         query_coords=joined("query_coords"),
@@ -194,7 +194,7 @@ def merge(layouts: list[BlockLayout]) -> BlockLayout:
         key_flags = key_flags | (layout.key_flags << used)
         parts += [_shift_flags(part, used) for part in layout.parts]
         used += width
-    return _with_parts(
+    return with_parts(
         first,
         tuple(parts),
         query_flags=query_flags,
@@ -224,10 +224,10 @@ def stack(layouts: list[BlockLayout], group_of: Int[Tensor, "B Hkv"]) -> BlockLa
         parts.append(replace(members[0], rows=rows, columns=columns, tiles=tiles))
     names = " / ".join(dict.fromkeys(layout.pattern for layout in layouts))
     chosen = group_of.to(first.device, torch.int32)
-    return _with_parts(first, tuple(parts), group_of=chosen, pattern=names)
+    return with_parts(first, tuple(parts), group_of=chosen, pattern=names)
 
 
-def _with_parts(
+def with_parts(
     layout: BlockLayout, parts: tuple[Part, ...], **changes: Tensor | str
 ) -> BlockLayout:
     """Exchange the parts, and plan the work anew."""
@@ -351,7 +351,7 @@ def _shift_flags(part: Part, shift: int) -> Part:
 CONSTANTS = (
     "stride", "size", "program", "pattern", "part_numbers", "affine", "regular", "num_tokens",
     "num_slots", "num_states",
-    "complete", "fresh", "spacing",
+    "complete", "fresh", "spacing", "num_chosen", "num_near", "whole", "causal",
 )  # fmt: skip
 """Fields that are no tensors."""
 

@@ -13,7 +13,8 @@ from sparse_core.blocking import sequence_tokens
 from sparse_core.building import build_layout
 from sparse_core.layout import BlockLayout, register_pytree
 from sparse_core.ops import Backend, Precision, sparse_attention
-from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Intersection, Pattern, Union
+from sparse_core.patterns import Hierarchical, Pattern
+from sparse_core.patterns.joined import check_axes, take_apart
 from sparse_core.patterns.terms import UNBOUNDED, Clause, Interval, KeyIn, Members, QueryIn
 
 _FAR_AWAY = 2**29
@@ -65,20 +66,6 @@ register_pytree(Level)
 register_pytree(PooledLayout)
 
 
-def is_pooled(pattern: Pattern) -> bool:
-    """Tell whether a pattern needs `build_pooled_layout`."""
-    parts = pattern.parts if isinstance(pattern, Union | Intersection) else ()
-    return isinstance(pattern, Hierarchical) or any(map(is_pooled, parts))
-
-
-def check_axes(pattern: Pattern, dims: int) -> None:
-    """Raise ValueError if a pattern, pooled or not, makes no layout with so many axes."""
-    if not is_pooled(pattern):
-        pattern.terms(dims)
-    elif _plan(pattern).causal and dims > 1:
-        raise ValueError(f"{pattern!r}: cells have an order in one dimension only")
-
-
 def build_pooled_layout(
     pattern: Pattern,
     coords: Int[Tensor, "T P"] | Int[Tensor, "T"] | int,
@@ -96,12 +83,12 @@ def build_pooled_layout(
 
     Raises ValueError for other patterns, and for `Causal()` with more than one axis.
     """
-    plan = _plan(pattern)
+    cells, beside = take_apart(pattern, Hierarchical)
     tokens, segment = sequence_tokens(coords, segments, device)
     check_axes(pattern, tokens.coords.shape[1])
-    members = plan.members.contains(tokens.index)
-    tree = _grow(plan.pattern, tokens.coords.long(), segment, ~members)
-    cell, entries = _entries(tree, plan)
+    members = beside.members.contains(tokens.index)
+    tree = _grow(cells, tokens.coords.long(), segment, ~members)
+    cell, entries = _entries(tree, cells, causal=beside.causal)
     num_sequences = 1 if segments is None else len(segments)
     sequence = torch.cat([segment, tree[0].segment[cell]])
     place = torch.sort(sequence, stable=True).indices
@@ -114,7 +101,7 @@ def build_pooled_layout(
     key_coords[len(segment) :, dims + 1] = 1
     key_coords[len(segment) :, dims + 2] = -_FAR_AWAY
     layout = build_layout(
-        _Seen(plan.pattern.near, plan.members, plan.causal),
+        _Seen(cells.near, beside.members, beside.causal),
         query_coords,
         key_coords[place],
         segments=segments,
@@ -205,33 +192,6 @@ def _sums(x: Tensor, sizes: Int[Tensor, "C"], dim: int) -> Tensor:
     return torch.segment_reduce(first, "sum", lengths=sizes, unsafe=True).movedim(0, dim)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    pattern: Hierarchical
-    members: Members
-    causal: bool
-
-
-def _plan(pattern: Pattern) -> _Plan:
-    """Take a pattern apart."""
-    parts = list(pattern.parts) if isinstance(pattern, Intersection) else [pattern]
-    causal = Causal() in parts
-    parts = [part for part in parts if part != Causal()]
-    if len(parts) == 1 and isinstance(parts[0], Union):
-        parts = list(parts[0].parts)
-    hierarchies = [part for part in parts if isinstance(part, Hierarchical)]
-    global_tokens = [part for part in parts if isinstance(part, GlobalTokens)]
-    if len(hierarchies) != 1 or len(parts) != 1 + len(global_tokens) or len(global_tokens) > 1:
-        raise ValueError(
-            "pooled keys come with one Hierarchical, joined at most with | GlobalTokens(...) and "
-            f"& Causal(); got {pattern!r}"
-        )
-    members = Members(0, ())
-    if global_tokens:
-        members = Members(global_tokens[0].first, global_tokens[0].positions)
-    return _Plan(hierarchies[0], members, causal)
-
-
 @dataclass(frozen=True, repr=False)
 class _Seen(Pattern):
     """The pairs of a pooled layout, told by helper coordinates of queries and keys.
@@ -316,11 +276,13 @@ def _gather_cells(
     )
 
 
-def _entries(tree: list[_Node], plan: _Plan) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+def _entries(
+    tree: list[_Node], pattern: Hierarchical, *, causal: bool
+) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
     """List (cell of queries, number of the far cell that they see), by cell, then by number."""
-    near, factor = plan.pattern.near, plan.pattern.factor
+    near, factor = pattern.near, pattern.factor
     own = torch.arange(len(tree[0].sizes), device=tree[0].key.device)
-    if plan.pattern.levels is None and max(tree[0].widths, default=0) - 1 <= near:
+    if pattern.levels is None and max(tree[0].widths, default=0) - 1 <= near:
         return own[:0], own[:0]
     dims = tree[0].coords.shape[1]
     device = own.device
@@ -335,7 +297,7 @@ def _entries(tree: list[_Node], plan: _Plan) -> tuple[Int[Tensor, "N"], Int[Tens
         cells = (mine[:, None] + around) * factor  # first children of near parents
         cells = (cells[:, :, None] + child).flatten(1, 2)  # [C, K, P]
         far = ((cells - node.coords[:, None]).abs() > near).any(-1)
-        if plan.causal:
+        if causal:
             far &= (cells < node.coords[:, None]).all(-1)
         place, exists = _look_up(node, cells)
         exists &= far

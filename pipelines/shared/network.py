@@ -15,7 +15,7 @@ from sparse_core.nn import SparseEncoder
 from sparse_core.nn.attention import AnyLayout
 from sparse_core.ops import Backend
 from sparse_core.patterns import GlobalTokens, Pattern
-from sparse_core.pooling import check_axes
+from sparse_core.patterns.joined import check_axes
 
 HeadNorm = Literal["layer", "batch"]
 

@@ -10,8 +10,9 @@ from sparse_core.layout import BlockLayout
 from sparse_core.nn.rotary import Rotation, rotate
 from sparse_core.ops import Backend, sparse_attention
 from sparse_core.pooling import PooledLayout, pooled_attention
+from sparse_core.routing import RoutedLayout, routed_attention
 
-AnyLayout = BlockLayout | PooledLayout
+AnyLayout = BlockLayout | PooledLayout | RoutedLayout
 Pooling = Literal["mean", "learned"]
 
 
@@ -20,7 +21,8 @@ class SparseSelfAttention(nn.Module):
 
     `num_kv_heads` key heads are shared by equal groups of query heads (Ainslie et al. 2023). The
     layout says who sees whom; the module holds no pattern of its own. In a pooled layout, cells are
-    means of their tokens, or, with `pooling="learned"`, averages by a softmax of learned scores.
+    means of their tokens, or, with `pooling="learned"`, averages by a softmax of learned scores; so
+    are the blocks' queries and keys in a routed layout.
     """
 
     def __init__(
@@ -69,13 +71,27 @@ class SparseSelfAttention(nn.Module):
         """Mix the values, [B, T, H, D]."""
         mixed: Tensor | tuple[Tensor, Tensor]
         if isinstance(layout, PooledLayout):
-            scores = None if self.pool_by is None else (k * self.pool_by).sum(-1)
-            mixed = pooled_attention(q, k, v, layout, scores=scores, backend=self.backend)
-            assert isinstance(mixed, Tensor)
-            return mixed
-        mixed = sparse_attention(q, k, v, layout, backend=self.backend)
+            mixed = pooled_attention(
+                q, k, v, layout, scores=self._pooling_scores(k), backend=self.backend
+            )
+        elif isinstance(layout, RoutedLayout):
+            mixed = routed_attention(
+                q, k, v, layout,
+                query_scores=self._pooling_scores(q), key_scores=self._pooling_scores(k),
+                backend=self.backend,
+            )  # fmt: skip
+        else:
+            mixed = sparse_attention(q, k, v, layout, backend=self.backend)
         assert isinstance(mixed, Tensor)
         return mixed
+
+    def _pooling_scores(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T Hkv"] | None:
+        """How much each token counts in its cell or block; None if all count alike."""
+        if self.pool_by is None:
+            return None
+        by_key_head = x.unflatten(2, (self.num_kv_heads, -1))
+        scores: Tensor = torch.einsum("bthgd,hd->bthg", by_key_head, self.pool_by)
+        return scores.mean(3)
 
     def join(self, mixed: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T E"]:
         """Bring the heads together."""

@@ -14,7 +14,9 @@ from sparse_core.nn.attention import AnyLayout, Pooling, SparseSelfAttention
 from sparse_core.nn.rotary import RotaryEmbedding, Rotation
 from sparse_core.ops import Backend
 from sparse_core.patterns import Pattern
-from sparse_core.pooling import build_pooled_layout, is_pooled
+from sparse_core.patterns.joined import is_pooled, is_routed
+from sparse_core.pooling import build_pooled_layout
+from sparse_core.routing import build_routed_layout
 
 
 class SparseEncoder(nn.Module):
@@ -28,7 +30,8 @@ class SparseEncoder(nn.Module):
     none if 0). `checkpointing` recomputes each layer in backward, so that memory holds one layer's
     activations and the layers' inputs. `compiled` runs what surrounds attention through
     torch.compile, once for all layers and lengths: norms, products, rotation and residuals in few
-    kernels. `pooling` says what stands for cells where a pattern pools keys.
+    kernels. `pooling` says what stands for cells where a pattern pools keys, and for blocks where
+    it routes.
     """
 
     def __init__(
@@ -87,14 +90,17 @@ class SparseEncoder(nn.Module):
     ) -> tuple[AnyLayout, ...]:
         """Build the layout of each distinct pattern; see `build_layout` for the arguments."""
         device = next(self.parameters()).device
-        return tuple(
-            build_pooled_layout(pattern, coords, segments=segments, device=device)
-            if is_pooled(pattern)
-            else build_layout(
+
+        def build(pattern: Pattern) -> AnyLayout:
+            if is_pooled(pattern):
+                return build_pooled_layout(pattern, coords, segments=segments, device=device)
+            if is_routed(pattern):
+                return build_routed_layout(pattern, coords, segments=segments, device=device)
+            return build_layout(
                 pattern, coords, segments=segments, num_kv_heads=self.num_kv_heads, device=device
             )
-            for pattern in self.patterns
-        )
+
+        return tuple(map(build, self.patterns))
 
     def forward(
         self, x: Float[Tensor, "B T E"], layouts: tuple[AnyLayout, ...]

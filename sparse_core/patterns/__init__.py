@@ -9,6 +9,7 @@ from sparse_core.patterns.dilated_window import DilatedWindow
 from sparse_core.patterns.global_tokens import GlobalTokens
 from sparse_core.patterns.hierarchical import Hierarchical
 from sparse_core.patterns.random_blocks import RandomBlocks
+from sparse_core.patterns.routed import Routed
 from sparse_core.patterns.sliding_window import SlidingWindow
 from sparse_core.patterns.strided import Strided
 
@@ -25,6 +26,7 @@ PATTERNS: dict[str, type[Pattern]] = {
         RandomBlocks,
         BlockList,
         Hierarchical,
+        Routed,
     )
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "Intersection",
     "Pattern",
     "RandomBlocks",
+    "Routed",
     "SlidingWindow",
     "Strided",
     "Sum",

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from sparse_core import kernels
+from sparse_core import kernels, listing
 from sparse_core.patterns import (
     BlockList,
     Causal,
@@ -19,8 +19,15 @@ from sparse_core.patterns import (
     GlobalTokens,
     Pattern,
     RandomBlocks,
+    Routed,
     SlidingWindow,
     Strided,
+)
+from sparse_core.routing import (
+    build_routed_layout,
+    choose_blocks,
+    describe_blocks,
+    routed_attention,
 )
 from sparse_core.testing import Engine, check_against_float64, make_inputs
 
@@ -69,7 +76,8 @@ def main() -> int:
         DilatedSegments(16) + DilatedSegments(64, 2), tokens=63, dtype=torch.float16, heads=2,
         kv_heads=2, head_dim=48, plain=True, packed=False,
     )  # fmt: skip
-    print(f"{2 * len(PATTERNS) + 2} cases agree, {time.perf_counter() - begin:.0f} s")
+    _check_routed()
+    print(f"{2 * len(PATTERNS) + 3} cases agree, {time.perf_counter() - begin:.0f} s")
     return 0
 
 
@@ -92,6 +100,25 @@ def _check(
     engine = Engine("triton", "cpu")
     check_against_float64(pattern, inputs, engine, segments=segments, plain=plain)
     print(f"{time.perf_counter() - begin:.1f} s", flush=True)
+
+
+def _check_routed() -> None:
+    """Hold chosen blocks to the other engine in float64; columns are so long that they split."""
+    listing.ITEM_TOKENS, listing.SHARE = 16, 1
+    pattern = Routed(16, 2, near=0) | GlobalTokens(2)
+    inputs = make_inputs(90, heads=2, kv_heads=1)
+    routed = build_routed_layout(pattern, 90, segments=[20, 70])
+    given = inputs.q, inputs.k, inputs.v
+    chosen = choose_blocks(*describe_blocks(inputs.q, inputs.k, routed), routed)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("blockwise", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        out = routed_attention(*leaves, routed, chosen=chosen, backend=backend)  # type: ignore[arg-type]
+        loss = (out * inputs.grad_out.to(dtype)).sum()
+        results.append((out, *torch.autograd.grad(loss, leaves)))
+    for found, right in zip(*results, strict=True):
+        error = float((found.double() - right).norm() / right.norm())
+        assert error < 1e-5, f"{pattern}: relative error {error}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from sparse_core.patterns import (
     Hierarchical,
     Pattern,
     RandomBlocks,
+    Routed,
     SlidingWindow,
     Strided,
 )
@@ -32,6 +33,7 @@ EXAMPLES = [
     DilatedSegments(20, 3, 1),
     DilatedSegments(16) + DilatedSegments(64, 4) + (SlidingWindow(2) | GlobalTokens(1)),
     Hierarchical(16, near=2, factor=2) | GlobalTokens(1),
+    (Routed(64, top=4) | GlobalTokens(1)) & Causal(),
 ]
 
 

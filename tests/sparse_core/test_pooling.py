@@ -7,7 +7,8 @@ from torch import Tensor
 from sparse_core import sparse_attention
 from sparse_core.nn import SparseEncoder
 from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, SlidingWindow
-from sparse_core.pooling import PooledLayout, build_pooled_layout, is_pooled, pooled_attention
+from sparse_core.patterns.joined import is_pooled
+from sparse_core.pooling import PooledLayout, build_pooled_layout, pooled_attention
 from sparse_core.testing import TOLERANCE, make_tissue
 
 GPU = (
