@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.pathology.store import SlideFeatures
+from pipelines.shared.asides import aside_of
 
 _PANEL_INCHES = (7.0, 5.0)  # at most, width and height
 _DPI = 110
@@ -63,7 +64,7 @@ def render_heatmap(
     bar = figure.colorbar(tiles, ax=right, extend="both", shrink=0.9)
     bar.set_label(unit)
     path = Path(path_png)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     figure.savefig(aside, format="png", dpi=_DPI)
     os.replace(aside, path)
 

@@ -32,6 +32,7 @@ from PIL import Image
 from scipy import ndimage
 
 from pipelines.pathology.progress import track
+from pipelines.shared.asides import aside_of
 from pipelines.shared.errors import InputError
 
 Variant = Literal["near", "far", "bag"]
@@ -218,7 +219,7 @@ def _write_slide(slide: _Slide) -> None:
 
 
 def _write_tiff(path: Path, image: np.ndarray) -> None:
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     with tifffile.TiffWriter(aside) as tiff:
         for reduction in _PYRAMID:
             pixels_per_cm = round(1e4 / (MPP * reduction))
@@ -239,7 +240,7 @@ def _write_tiff(path: Path, image: np.ndarray) -> None:
 
 
 def _write_aside(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     aside.write_text(text)
     os.replace(aside, path)
 

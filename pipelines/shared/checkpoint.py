@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pipelines.shared.asides import aside_of
 from pipelines.shared.errors import InputError
 
 FORMAT = "gigasparse-model"
@@ -59,7 +60,7 @@ def save_model(
         "metadata": dict(metadata),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     torch.save(content, aside)
     os.replace(aside, path)
 

@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipelines.shared.asides import aside_of
 from pipelines.shared.batch import (
     Example,
     Examples,
@@ -42,7 +43,6 @@ from pipelines.shared.preemption import Preempted, Preemption
 from pipelines.shared.task import SequenceTask
 from sparse_core.ops import engines_used
 
-SAVE_SECONDS = 10.0  # at least this long between two states on disk
 _SAVE_SHARE = 0.05  # of the time at most goes into saving within epochs
 _AGREE_EVERY = 50  # steps between two questions of several processes whether to save
 
@@ -60,7 +60,9 @@ class FitSettings:
     `select` chooses the weights that are kept: the epoch with the lowest validation loss, with the
     highest validation score of the objective by its name (auroc, r2, c_index), or the last.
     `patience` stops after so many epochs without a better
-    one. `save_last` keeps the state in `last.ckpt`, from which the same run goes on.
+    one. `save_last` keeps the state in `last.ckpt`, from which the same run goes on;
+    `save_seconds` lie between two such states at least, and as long as keeps the time that goes
+    into them within epochs below a twentieth.
     """
 
     epochs: int
@@ -74,6 +76,7 @@ class FitSettings:
     select: Select = "loss"
     patience: int | None = None
     save_last: bool = True
+    save_seconds: float = 10.0
     progress: bool = True
     accelerator: str = "cpu"
     devices: int | str = 1
@@ -87,6 +90,10 @@ class FitSettings:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise InputError(f"{key} must be at least 1; got {value}")
+        if self.save_seconds < 0:
+            raise InputError(
+                f"callbacks.save_seconds must not be negative; got {self.save_seconds}"
+            )
         if self.num_workers < 0:
             raise InputError(f"num_workers must not be negative; got {self.num_workers}")
         if self.select not in get_args(Select):
@@ -263,7 +270,7 @@ class Selection(Checkpoint):
         done = batch_idx + 1
         if not self._settings.save_last or done % every or done == trainer.num_training_batches:
             return
-        pause = max(SAVE_SECONDS, self._save_seconds / _SAVE_SHARE)
+        pause = max(self._settings.save_seconds, self._save_seconds / _SAVE_SHARE)
         if trainer.strategy.broadcast(time.perf_counter() - self._saved_at >= pause):
             self._save(trainer)
 
@@ -279,7 +286,7 @@ class Selection(Checkpoint):
             self.weights = {key: value.detach().cpu().clone() for key, value in weights.items()}
         self._stop_early(trainer)
         ends = trainer.should_stop or self._epochs == trainer.max_epochs
-        due = ends or time.perf_counter() - self._saved_at >= SAVE_SECONDS
+        due = ends or time.perf_counter() - self._saved_at >= self._settings.save_seconds
         if self._settings.save_last and trainer.strategy.broadcast(due):
             self._save(trainer)
 
@@ -339,7 +346,7 @@ class Selection(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         started = time.perf_counter()
-        aside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        aside = aside_of(self.path)
         trainer.save_checkpoint(aside)
         if trainer.is_global_zero:
             os.replace(aside, self.path)

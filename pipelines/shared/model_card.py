@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.shared.asides import aside_of
 from pipelines.shared.metrics import TITLES, Score, format_score
 
 CARD = "model_card.md"
@@ -43,7 +44,7 @@ def write_model_card(
     parts = [f"# Model card: {run.name}"]
     parts += [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines]
     path = run / CARD
-    aside = path.with_name(f"{CARD}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     os.replace(aside, path)
     return path

@@ -1,31 +1,46 @@
-"""AdamW with a linear warm-up and a cosine decay."""
+"""AdamW or SGD, with a linear warm-up and a cosine decay."""
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipelines.shared.errors import InputError
 
+Name = Literal["adamw", "sgd"]
+
 
 @dataclass(frozen=True, slots=True)
 class OptimSettings:
-    """What `optim=` chooses; `warmup` and `final_lr` are fractions of all steps and of `lr`."""
+    """What `optim=` chooses; `warmup` and `final_lr` are fractions of all steps and of `lr`.
 
+    `betas` are AdamW's, `momentum` is SGD's (Nesterov's where it is above 0). AdamW takes
+    `weight_decay` off the weights, SGD adds it to the gradient.
+    """
+
+    name: Name = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
+    momentum: float = 0.9
     warmup: float = 0.1
     final_lr: float = 0.05
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        if self.name not in get_args(Name):
+            raise InputError(
+                f"optim.name must be one of {', '.join(get_args(Name))}; got {self.name!r}"
+            )
         if self.lr <= 0:
             raise InputError(f"optim.lr must be above 0; got {self.lr}")
         if self.weight_decay < 0:
             raise InputError(f"optim.weight_decay must not be negative; got {self.weight_decay}")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"optim.momentum must lie in [0, 1); got {self.momentum}")
         if not (0 <= self.warmup < 1 and 0 <= self.final_lr <= 1):
             raise InputError(
                 "optim.warmup must lie in [0, 1) and optim.final_lr in [0, 1]; "
@@ -35,25 +50,29 @@ class OptimSettings:
 
 def build_optimizer(
     network: nn.Module, settings: OptimSettings, *, total_steps: int
-) -> tuple[AdamW, LambdaLR]:
+) -> tuple[Optimizer, LambdaLR]:
     """Build the optimiser and its schedule; only matrices decay, not biases, gains and tokens."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = AdamW(
-        [
-            {
-                "params": [parameter for parameter in trained if parameter.ndim >= 2],
-                "weight_decay": settings.weight_decay,
-            },
-            {
-                "params": [parameter for parameter in trained if parameter.ndim < 2],
-                "weight_decay": 0.0,
-            },
-        ],
-        lr=settings.lr,
-        betas=settings.betas,
-        # on a GPU the default is as fast, and Lightning refuses to clip before a fused step
-        fused=True if all(parameter.device.type == "cpu" for parameter in trained) else None,
-    )
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [parameter for parameter in trained if parameter.ndim >= 2],
+            "weight_decay": settings.weight_decay,
+        },
+        {
+            "params": [parameter for parameter in trained if parameter.ndim < 2],
+            "weight_decay": 0.0,
+        },
+    ]
+    # on a GPU the default is as fast, and Lightning refuses to clip before a fused step
+    fused = True if all(parameter.device.type == "cpu" for parameter in trained) else None
+    optimizer: Optimizer
+    if settings.name == "sgd":
+        momentum = settings.momentum
+        optimizer = SGD(
+            groups, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=fused
+        )
+    else:
+        optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, settings, total_steps=total_steps))
     return optimizer, schedule
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from pipelines.shared.asides import aside_of, remove_leftovers
+from pipelines.shared.asides import aside_of, clean
 from pipelines.shared.errors import InputError
 
 # what may change between two starts of one run: where it is, how it is shown and read
-VOLATILE = ("out", "logger", "trainer.progress", "num_workers")
+VOLATILE = ("out", "logger", "trainer.progress", "num_workers", "callbacks.save_seconds")
 
 _PACKAGES = (
     "gigasparse", "torch", "triton", "lightning", "hydra-core", "numpy", "zarr", "pandas",
@@ -43,7 +43,7 @@ def open_run(
     """
     make_folder(out)
     try:
-        remove_leftovers(out.iterdir())
+        clean(out)
         state = _compare(out, config, volatile)
         if state is not RunState.FINISHED and is_main_process():
             _write(out / "versions.json", json.dumps(_versions(), indent=2))

@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from pipelines.shared import plots
+from pipelines.shared.asides import aside_of
 from pipelines.shared.assessment import HEADLINES, Assessment, Scores
 from pipelines.shared.metrics import LOWER_IS_BETTER, TITLES, Score, format_score, format_table
 from pipelines.shared.tables import align
@@ -120,7 +121,7 @@ def write_report(
         pictures=_pictures(found, words),
         notes=[*notes, *_method(found, words)],
     )
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    aside = aside_of(path)
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 

@@ -255,11 +255,15 @@ class _Cut(nn.Module):
 def test_training_goes_on_within_an_epoch_with_equal_weights(
     sharded, tmp_path, monkeypatch, num_workers
 ):
-    monkeypatch.setattr(fit_module, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(fit_module, "_SAVE_SHARE", float("inf"))
     options = {"context": 200, "overlap": 0, "reverse_complement": True}
     setting = fit_module.FitSettings(
-        epochs=2, max_tokens=3_000, num_workers=num_workers, progress=False, select="last"
+        epochs=2,
+        max_tokens=3_000,
+        num_workers=num_workers,
+        progress=False,
+        select="last",
+        save_seconds=0.0,
     )
 
     def train(name, steps):

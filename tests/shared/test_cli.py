@@ -204,7 +204,7 @@ def test_a_pattern_can_be_written_out(
         (["sequences=x"], "unknown setting 'sequences'"),
         (
             ["optim.lrr=1"],
-            "mean optim.lr or optim or optim.final_lr?\noptim has: optim.lr, optim.weight_decay",
+            "mean optim.lr or optim or optim.final_lr?\noptim has: optim.name, optim.lr",
         ),
         (["window=x"], "window takes a whole number, such as 2; got 'x'"),
         (["window=1.5"], "window takes a whole number"),
@@ -213,7 +213,7 @@ def test_a_pattern_can_be_written_out(
         (["optim.lr=fast"], "optim.lr takes a number, such as 0.002; got 'fast'"),
         (["callbacks.save_last=1"], "callbacks.save_last takes true or false"),
         (["baselines=abmil"], "baselines takes a list"),
-        (["optim=sgd"], "unknown optim 'sgd'"),
+        (["optim=adam"], "unknown optim 'adam'"),
         (["window=f("], "window=f( cannot be read"),
         (["window=${nothing}"], "nothing"),
         (["window=1,2"], "several values at once need --multirun"),

@@ -25,12 +25,13 @@ MakeNetwork = Callable[..., nn.Module]
 MakeExamples = Callable[..., ExampleList]
 
 CLASSES = Classification(("a", "b"))
-SETTINGS = FitSettings(epochs=4, max_tokens=60, optim=OptimSettings(lr=0.01), progress=False)
+SETTINGS = FitSettings(
+    epochs=4, max_tokens=60, optim=OptimSettings(lr=0.01), save_seconds=0.0, progress=False
+)
 
 
 @pytest.fixture(autouse=True)
 def _always_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_module, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(fit_module, "_SAVE_SHARE", float("inf"))
 
 
@@ -442,6 +443,7 @@ def test_class_weights_balance_the_classes(
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"max_tokens": -1}, "max_tokens must be at least 1"),
+        ({"save_seconds": -1.0}, "save_seconds must not be negative"),
         ({"select": "best"}, "callbacks.select must be one"),
         ({"logger": "paper"}, "logger must be one of"),
     ],

@@ -36,9 +36,35 @@ def test_only_matrices_decay() -> None:
     assert kept["weight_decay"] == 0.0
 
 
+def test_sgd_takes_the_published_step() -> None:
+    """Nesterov's momentum with decay added to the gradient (Sutskever et al., ICML 2013)."""
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(network.weight, 2.0)
+    settings = OptimSettings(
+        name="sgd", lr=0.1, weight_decay=0.5, momentum=0.9, warmup=0.0, final_lr=1.0
+    )
+    optimizer, _ = build_optimizer(network, settings, total_steps=2)
+    weight, velocity = 2.0, 0.0
+    for _ in range(2):
+        network.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+        gradient = 1.0 + 0.5 * weight
+        velocity = 0.9 * velocity + gradient
+        weight -= 0.1 * (gradient + 0.9 * velocity)
+    assert network.weight.item() == pytest.approx(weight, abs=1e-6)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"lr": 0.0}, {"weight_decay": -1.0}, {"warmup": 1.0}, {"final_lr": 2.0}]
+    "wrong",
+    [
+        {"name": "adam"},
+        {"momentum": 1.0},
+        {"lr": 0.0},
+        {"weight_decay": -1.0},
+        {"warmup": 1.0},
+        {"final_lr": 2.0},
+    ],
 )
-def test_settings_without_sense_are_refused(wrong: dict[str, float]) -> None:
+def test_settings_without_sense_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         OptimSettings(**wrong)  # type: ignore[arg-type]
