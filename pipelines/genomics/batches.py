@@ -5,61 +5,71 @@ What is found of a record does not depend on the others in its batch, nor on the
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import LETTERS
-from pipelines.genomics.genome import RawRecord, Record, RecordError, parse_record, to_record
-from pipelines.genomics.letters import Letters, Reading, count_letters
-from pipelines.genomics.packing import PER_BYTE, count_gc, find_runs, pack
+from pipelines.genomics.genome import RawRecord, RecordError, parse_record
+from pipelines.genomics.letters import Letters, Reading
+from pipelines.genomics.packing import (
+    PER_BYTE,
+    WORD_BASES,
+    count_bases,
+    find_runs,
+    pack,
+    pack_plain,
+)
 
 BATCH_BYTES = 4 << 20
 DIGEST_BYTES = 16
 NO_RUNS = np.empty((0, 3), dtype=np.int64)
 
-_PADS = [b"", b"AAA", b"AA", b"A"]
+_PADS = [b"A" * (-length % WORD_BASES) for length in range(WORD_BASES)]
 _LONGEST_LINE = 4096
 _ACGT = np.frombuffer(b"ACGT", dtype=np.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(NamedTuple):
     """A record's letters as the store keeps them."""
 
     length: int
     bases: UInt8[ndarray, "P"]
     others: Int64[ndarray, "K 3"]
     """Start, length and token of each run that is not A C G T, from the record's beginning."""
-    gc: int
-    """How many are G or C."""
+    mask: Int64[ndarray, "R 2"]
+    """Runs of letters that stood in lower case, half-open, from the record's beginning."""
+    counts: Mapping[str, int]
+    """As `Letters.counts`; zeros may be left out."""
     digest: bytes
     """SHA-256, its first 16 bytes, of bases, length and other runs."""
+
+    @property
+    def gc(self) -> int:
+        """How many letters are G or C."""
+        return self.counts.get("G", 0) + self.counts.get("C", 0)
 
 
 @dataclass(slots=True)
 class Batch:
     """What became of a batch of records, in their order."""
 
-    found: list[tuple[Record, Packed] | RecordError]
+    found: list[tuple[RawRecord, Packed] | RecordError]
     counts: Counter[str] = field(default_factory=Counter)
-    """Of `Letters.counts`, over all records that were read."""
+    """Of `Packed.counts`, over all records that were read."""
 
 
 def parse_batch(raws: Sequence[RawRecord], reading: Reading) -> Batch:
     """Read the characters of records and pack them; what cannot be read is in its place."""
     batch = Batch([])
-    packed = _pack_plain(raws, reading, batch.counts)
+    plain = _pack_plain(raws, reading, batch.counts)
     for place, raw in enumerate(raws):
-        if place in packed:
-            text = np.frombuffer(packed[place].text, dtype=np.uint8)
-            record = to_record(raw, Letters(text, True, _NO_MASK))
-            batch.found.append((record, packed[place].letters))
-        else:
-            batch.found.append(_parse_alone(raw, reading, batch.counts))
+        packed = plain.get(place)
+        batch.found.append((raw, packed) if packed else _parse_alone(raw, reading, batch.counts))
     return batch
 
 
@@ -67,98 +77,93 @@ def pack_letters(letters: Letters) -> Packed:
     """Pack the letters of one record."""
     text = letters.text
     others = NO_RUNS if letters.plain else _find_others(text)
-    gc = letters.counts.get("G", 0) + letters.counts.get("C", 0)
-    return _digested(text.size, pack(text), others, gc)
+    bases = pack(text)
+    digest = _digest(text.size, bases, others.tobytes())
+    return Packed(text.size, bases, others, letters.mask, letters.counts, digest)
 
 
 def _parse_alone(
     raw: RawRecord, reading: Reading, counts: Counter[str]
-) -> tuple[Record, Packed] | RecordError:
+) -> tuple[RawRecord, Packed] | RecordError:
     try:
-        record = parse_record(raw, reading)
+        letters = parse_record(raw, reading).letters
     except RecordError as error:
         return error
-    counts.update(record.letters.counts)
-    return record, pack_letters(record.letters)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    text: bytes | memoryview
-    letters: Packed
+    counts.update(letters.counts)
+    return raw, pack_letters(letters)
 
 
 def _pack_plain(
     raws: Sequence[RawRecord], reading: Reading, counts: Counter[str]
-) -> dict[int, _Plain]:
+) -> dict[int, Packed]:
     """Pack those records that are short, without fault, and A C G T in upper case throughout.
 
-    They are laid out one after the other, each from a whole byte on, counted and packed at once.
+    They are laid out one after the other, each from a whole word on, packed and counted at once.
     """
-    texts = {
-        place: raw.letters
-        for place, raw in enumerate(raws)
-        if reading.min_length <= len(raw.letters) <= BATCH_BYTES and raw.id and not raw.problem
-    }
-    for attempt in (_as_it_is, _without_breaks, _as_it_is):
-        texts = {place: attempt(text) for place, text in texts.items()}
-        layout = _Layout(list(texts.values()))
-        found = count_letters(layout.text, b"ACGT")
-        if sum(found.values()) == layout.text.size:
-            counts.update(found)
-            counts["A"] -= layout.num_pads
-            return dict(zip(texts, layout.pack(), strict=True))
-        if attempt is _without_breaks:
-            other = set(layout.not_plain())
-            texts = {place: text for i, (place, text) in enumerate(texts.items()) if i not in other}
-    raise AssertionError("what is not plain was taken out")
-
-
-def _as_it_is(text: bytes | memoryview) -> bytes | memoryview:
-    return text
+    texts = {}
+    for place, raw in enumerate(raws):
+        if raw.id and raw.problem is None and len(raw.letters) <= BATCH_BYTES:
+            text = _without_breaks(raw.letters)
+            if len(text) >= reading.min_length:
+                texts[place] = text
+    layout = _Layout(list(texts.values()))
+    packed = layout.pack(counts)
+    if packed is None:
+        other = set(layout.not_plain())
+        texts = {place: text for i, (place, text) in enumerate(texts.items()) if i not in other}
+        packed = _Layout(list(texts.values())).pack(counts)
+        assert packed is not None, "what is not plain was taken out"
+    return dict(zip(texts, packed, strict=True))
 
 
 def _without_breaks(text: bytes | memoryview) -> bytes | memoryview:
-    whole = bytes(text)
-    return whole.replace(b"\n", b"") if whole.find(b"\n", 0, _LONGEST_LINE) >= 0 else whole
+    if bytes(text[:_LONGEST_LINE]).find(b"\n") < 0:
+        return text
+    return bytes(text).replace(b"\n", b"")
 
 
 class _Layout:
-    """Records one after the other, filled up with A to whole bytes."""
+    """Records one after the other, filled up with A to whole words."""
 
     def __init__(self, texts: Sequence[bytes | memoryview]) -> None:
-        self._texts = texts
         lengths = [len(text) for text in texts]
-        pads = [_PADS[length % PER_BYTE] for length in lengths]
+        pads = [_PADS[length % WORD_BASES] for length in lengths]
         joined = b"".join([part for pair in zip(texts, pads, strict=True) for part in pair])
-        self.text = np.frombuffer(joined, dtype=np.uint8)
-        self.num_pads = len(joined) - sum(lengths)
-        self._sizes = np.array([-(-length // PER_BYTE) for length in lengths], dtype=np.int64)
-        self._ends = np.cumsum(self._sizes)
+        self._text = np.frombuffer(joined, dtype=np.uint8)
+        self._lengths = np.array(lengths, dtype=np.int64)
+        self._ends = np.cumsum(-(-self._lengths // WORD_BASES))
 
     def not_plain(self) -> list[int]:
         """Which records hold something else than A C G T."""
-        other = np.flatnonzero(np.isin(self.text, _ACGT, invert=True)) // PER_BYTE
+        other = np.flatnonzero(np.isin(self._text, _ACGT, invert=True)) // WORD_BASES
         places: list[int] = np.unique(np.searchsorted(self._ends, other, "right")).tolist()
         return places
 
-    def pack(self) -> list[_Plain]:
-        """Pack them all, and part them again."""
-        if not self._texts:
+    def pack(self, counts: Counter[str]) -> list[Packed] | None:
+        """Pack and count them all, and part them again; None where one is not plain."""
+        if not self._lengths.size:
             return []
-        bases, starts = pack(self.text), self._ends - self._sizes
-        numbers = count_gc(bases, starts).tolist()
-        bounds = zip(starts.tolist(), self._ends.tolist(), strict=True)
-        return [
-            _Plain(text, _digested(len(text), bases[start:end], NO_RUNS, gc))
-            for text, (start, end), gc in zip(self._texts, bounds, numbers, strict=True)
-        ]
+        bases = pack_plain(self._text)
+        if bases is None:
+            return None
+        starts = np.append(0, self._ends[:-1])
+        found = count_bases(bases, starts, self._lengths)
+        counts.update(dict(zip("ACGT", found.sum(axis=0).tolist(), strict=True)))
+        packed = []
+        firsts = (starts * (WORD_BASES // PER_BYTE)).tolist()
+        for first, length, row in zip(firsts, self._lengths.tolist(), found.tolist(), strict=True):
+            own = bases[first : first - (-length // PER_BYTE)]
+            letters = dict(zip("ACGT", row, strict=True))
+            packed.append(
+                Packed(length, own, NO_RUNS, _NO_MASK, letters, _digest(length, own, b""))
+            )
+        return packed
 
 
-def _digested(length: int, bases: UInt8[ndarray, "P"], others: ndarray, gc: int) -> Packed:
+def _digest(length: int, bases: UInt8[ndarray, "P"], others: bytes) -> bytes:
     digest = hashlib.sha256(bases)
-    digest.update(length.to_bytes(8, "little") + others.tobytes())
-    return Packed(length, bases, others, gc, digest.digest()[:DIGEST_BYTES])
+    digest.update(length.to_bytes(8, "little") + others)
+    return digest.digest()[:DIGEST_BYTES]
 
 
 def _find_others(text: UInt8[ndarray, "T"]) -> Int64[ndarray, "K 3"]:

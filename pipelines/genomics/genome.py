@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from Bio import SeqIO
 from jaxtyping import Int64, UInt8
@@ -36,8 +36,7 @@ class RecordError(InputError):
         self.problem, self.remedy = problem.removeprefix(":").strip(), remedy
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a record stands: its file, and its number from 1 there."""
 
     file: str
@@ -181,11 +180,6 @@ def parse_record(raw: RawRecord, reading: Reading) -> Record:
             f" has {letters.text.size:,} bases, fewer than reading.min_length={reading.min_length}",
             "remove it, or leave such records out with reading.bad_records=skip",
         )
-    return to_record(raw, letters)
-
-
-def to_record(raw: RawRecord, letters: Letters) -> Record:
-    """Put what stood beside a record's letters to what was read of them."""
     return Record(
         raw.id,
         raw.description,
@@ -214,7 +208,7 @@ class Ids:
         self.repeated: list[tuple[str, str]] = []
         """Each repeated id, and the two places where it stands."""
 
-    def admit(self, record: Record) -> bool:
+    def admit(self, record: Record | RawRecord) -> bool:
         """Tell whether the record stays, under another id maybe; raises InputError if refused."""
         if record.id not in self._seen:
             self._seen[record.id] = record.place

@@ -27,7 +27,7 @@ from google_crc32c import extend as crc32c
 from pipelines.genomics.batches import BATCH_BYTES, Batch, Packed, parse_batch
 from pipelines.genomics.folders import list_parts
 from pipelines.genomics.formats import TABLES, Format
-from pipelines.genomics.genome import Ids, RawRecord, Record, RecordError, read_raw_records
+from pipelines.genomics.genome import Ids, RawRecord, RecordError, read_raw_records
 from pipelines.genomics.ingest_report import Tally, notes_of
 from pipelines.genomics.letters import Reading
 from pipelines.genomics.opening import STDIN, Source
@@ -197,7 +197,7 @@ class _Job:
         self.formats[f"{kind}{packed}"] = None
         self.bar.open(source)
 
-    def accept(self, batch: Batch) -> Iterator[tuple[Record, Packed]]:
+    def accept(self, batch: Batch) -> Iterator[tuple[RawRecord, Packed]]:
         """Yield the records that go into the store; count them, and list what does not."""
         self.tally.total.update(batch.counts)
         for found in batch.found:
@@ -207,8 +207,8 @@ class _Job:
                 self.tally.add(*found)
                 yield found
             else:
-                self.tally.drop(found[0])
-        self.bar.update(len(self.tally.ids))
+                self.tally.drop(found[1])
+        self.bar.update(len(self.tally.records))
 
     def _fail(self, error: RecordError) -> None:
         if self.reading.bad_records == "error":
@@ -323,7 +323,7 @@ def _batches(raws: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
 
 
 def _require_records(job: _Job) -> None:
-    if job.tally.ids:
+    if job.tally.records:
         return
     if job.failures:
         first = job.failures[0]

@@ -3,59 +3,64 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
+from numpy import ndarray
 
 from pipelines.genomics.alphabet import LETTERS
 from pipelines.genomics.batches import Packed
-from pipelines.genomics.genome import Ids, Record
-from pipelines.genomics.letters import count_letters
+from pipelines.genomics.genome import Ids, RawRecord
 from pipelines.genomics.store import LetterCounts
 
 _NUM_LISTED = 1000
 
 
+class Counted(NamedTuple):
+    """What is kept of a record for the report."""
+
+    id: str
+    label: str | None
+    split: str | None
+    length: int
+    gc: int
+    n: int
+    lower: int
+    n_runs: int
+
+
 @dataclass(slots=True)
 class Tally:
-    """Counts of the records so far; lists run in parallel, one entry a record."""
+    """Counts of the records so far."""
 
     total: Counter[str] = field(default_factory=Counter)
-    ids: list[str] = field(default_factory=list)
-    labels: list[str | None] = field(default_factory=list)
-    splits: list[str | None] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    gc: list[int] = field(default_factory=list)
-    n: list[int] = field(default_factory=list)
-    lower: list[int] = field(default_factory=list)
-    n_runs: list[int] = field(default_factory=list)
+    records: list[Counted] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
     """Ids of records that hold T and U."""
 
-    def add(self, record: Record, packed: Packed) -> None:
+    def add(self, raw: RawRecord, packed: Packed) -> None:
         """Count one more record; its letters are counted with those of its batch."""
-        counts = record.letters.counts
-        self.ids.append(record.id)
-        self.labels.append(record.label)
-        self.splits.append(record.split)
-        self.lengths.append(packed.length)
-        self.gc.append(packed.gc)
-        self.n.append(counts.get("N", 0))
-        self.lower.append(counts.get("lower", 0))
-        self.n_runs.append(_count_n_runs(packed))
+        counts, length = packed.counts, packed.length
+        n = n_runs = 0
+        if packed.others.size:
+            n, n_runs = counts.get("N", 0), int((packed.others[:, 2] == _N).sum())
+        lower = counts.get("lower", 0)
+        row = Counted(raw.id, raw.label, raw.split, length, packed.gc, n, lower, n_runs)
+        self.records.append(row)
         if 0 < counts.get("uracil", 0) < counts.get("T", 0):
-            self.mixed.append(record.id)
+            self.mixed.append(raw.id)
 
-    def drop(self, record: Record) -> None:
+    def drop(self, packed: Packed) -> None:
         """Take the letters of a record that was counted with its batch out again."""
-        counts = record.letters.counts or count_letters(record.letters.text, b"ACGT")
-        self.total.subtract(counts)
+        self.total.subtract(packed.counts)
 
     def counts(self) -> LetterCounts:
         """The counts that a store carries along."""
         return LetterCounts(
-            records=len(self.ids),
-            bases=sum(self.lengths),
+            records=len(self.records),
+            bases=sum(record.length for record in self.records),
             n=self.total["N"],
             iupac=sum(self.total[letter] for letter in LETTERS[5:]),
             lower=self.total["lower"],
@@ -65,11 +70,13 @@ class Tally:
     def report(self, digests: Sequence[bytes], names: Ids) -> dict[str, Any]:
         """Put together the report's counts, extremes, copies and conflicts."""
         copies = self._copies(digests)
-        conflicts = [places for places in copies if len(self._values(self.labels, places)) > 1]
-        leaks = [places for places in copies if len(self._values(self.splits, places)) > 1]
+        labels, splits = self._column("label"), self._column("split")
+        conflicts = [places for places in copies if len(_values(labels, places)) > 1]
+        leaks = [places for places in copies if len(_values(splits, places)) > 1]
+        lengths = np.array(self._column("length"))
         return {
-            "records": len(self.ids),
-            "bases": sum(self.lengths),
+            "records": len(self.records),
+            "bases": int(lengths.sum()),
             "letters": {letter: self.total[letter] for letter in LETTERS if self.total[letter]},
             "read_otherwise": {
                 "lower_case": self.total["lower"],
@@ -81,8 +88,8 @@ class Tally:
                 "blanks_left_out": self.total["whitespace"],
             },
             "t_and_u": {"records": len(self.mixed), "ids": self.mixed[:_NUM_LISTED]},
-            "n_runs": sum(self.n_runs),
-            "lengths": self._lengths(),
+            "n_runs": sum(self._column("n_runs")),
+            "lengths": _spread(lengths),
             "extremes": self._extremes(),
             "labels": self._by_split(),
             "repeated_ids": {
@@ -93,47 +100,40 @@ class Tally:
                 "sequences": len(copies),
                 "records": sum(map(len, copies)),
                 "across_splits": len(leaks),
-                "ids": [[self.ids[place] for place in places] for places in copies[:_NUM_LISTED]],
+                "ids": [
+                    [self.records[place].id for place in places] for places in copies[:_NUM_LISTED]
+                ],
             },
             "conflicts": [self._conflict(places) for places in conflicts],
         }
 
-    def _lengths(self) -> dict[str, float]:
-        lengths = np.sort(np.array(self.lengths))[::-1]
-        half = int(np.searchsorted(np.cumsum(lengths), lengths.sum() / 2))
-        return {
-            "min": int(lengths[-1]),
-            "median": float(np.median(lengths)),
-            "mean": float(lengths.mean()),
-            "max": int(lengths[0]),
-            "n50": int(lengths[half]),
-        }
-
     def _extremes(self) -> dict[str, dict[str, object]]:
-        lengths = np.array(self.lengths)
-        gc = np.array(self.gc) / np.maximum(lengths - np.array(self.n), 1)
+        names = ("length", "gc", "n", "lower", "n_runs")
+        lengths, gc, n, lower, n_runs = (np.array(self._column(name)) for name in names)
+        gc = gc / np.maximum(lengths - n, 1)
         shares = {
             "shortest": (lengths, np.argmin),
             "longest": (lengths, np.argmax),
             "lowest_gc": (gc, np.argmin),
             "highest_gc": (gc, np.argmax),
-            "most_n": (np.array(self.n) / lengths, np.argmax),
-            "most_lower_case": (np.array(self.lower) / lengths, np.argmax),
-            "most_n_runs": (np.array(self.n_runs), np.argmax),
+            "most_n": (n / lengths, np.argmax),
+            "most_lower_case": (lower / lengths, np.argmax),
+            "most_n_runs": (n_runs, np.argmax),
         }
         found = {name: (values, int(pick(values))) for name, (values, pick) in shares.items()}
         return {
-            name: {"id": self.ids[place], "value": round(values[place].item(), 6)}
+            name: {"id": self.records[place].id, "value": round(values[place].item(), 6)}
             for name, (values, place) in found.items()
             if values[place] > 0
         }
 
     def _by_split(self) -> dict[str, dict[str, int]]:
         """Records of each label in each split; a place for those that have none."""
-        if not any(self.labels) and not any(self.splits):
+        labels, splits = self._column("label"), self._column("split")
+        if not any(labels) and not any(splits):
             return {}
         table: dict[str, Counter[str]] = defaultdict(Counter)
-        for label, split in zip(self.labels, self.splits, strict=True):
+        for label, split in zip(labels, splits, strict=True):
             table[split or "all"][label or "no label"] += 1
         return {split: dict(counts.most_common(_NUM_LISTED)) for split, counts in table.items()}
 
@@ -143,14 +143,15 @@ class Tally:
             places[digest].append(place)
         return [found for found in places.values() if len(found) > 1]
 
-    def _values(self, column: Sequence[str | None], places: Sequence[int]) -> set[str]:
-        return {value for place in places if (value := column[place]) is not None}
+    def _column(self, name: str) -> list[Any]:
+        return list(map(attrgetter(name), self.records))
 
     def _conflict(self, places: Sequence[int]) -> dict[str, list[str | None]]:
+        found = [self.records[place] for place in places]
         return {
-            "ids": [self.ids[place] for place in places],
-            "labels": [self.labels[place] for place in places],
-            "splits": [self.splits[place] for place in places],
+            "ids": [record.id for record in found],
+            "labels": [record.label for record in found],
+            "splits": [record.split for record in found],
         }
 
 
@@ -174,8 +175,20 @@ def notes_of(report: dict[str, Any]) -> list[str]:
     return [f"{count:,} {text}" for text, count in sentences.items() if count]
 
 
-def _count_n_runs(packed: Packed) -> int:
-    return int((packed.others[:, 2] == _N).sum()) if packed.others.size else 0
+def _spread(lengths: Int64[ndarray, "R"]) -> dict[str, float]:
+    lengths = np.sort(lengths)[::-1]
+    half = int(np.searchsorted(np.cumsum(lengths), lengths.sum() / 2))
+    return {
+        "min": int(lengths[-1]),
+        "median": float(np.median(lengths)),
+        "mean": float(lengths.mean()),
+        "max": int(lengths[0]),
+        "n50": int(lengths[half]),
+    }
+
+
+def _values(column: Sequence[str | None], places: Sequence[int]) -> set[str]:
+    return {value for place in places if (value := column[place]) is not None}
 
 
 _N = LETTERS.index("N") + 1

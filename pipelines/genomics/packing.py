@@ -5,13 +5,20 @@ What is none of the four gets some base, and its true letter in a list of runs b
 """
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt32
+from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
 PER_BYTE = 4
-_PIECE = 1 << 18
-"""Bases handled at once."""
+WORD_BASES = 32
+"""Bases to the words by which `count_bases` counts."""
+
+_PIECE = 1 << 20
+"""Bases handled at once: few enough for a cache, and many, as threads wait between two steps."""
 _WORD = np.dtype("<u4")
+_U32 = np.uint32
+_GATHER = _U32(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6)
+"""Moves the codes of four bytes into the highest one."""
+_LOW_BITS = np.uint64(0x5555555555555555)
 
 
 def pack(letters: UInt8[ndarray, "T"]) -> UInt8[ndarray, "P"]:
@@ -48,10 +55,49 @@ def unpack(packed: UInt8[ndarray, "P"]) -> UInt8[ndarray, "4*P"]:
     return words.view(np.uint8)
 
 
-def count_gc(packed: UInt8[ndarray, "P"], starts: Int64[ndarray, "R"]) -> UInt32[ndarray, "R"]:
-    """Count G and C in stretches of packed bases; `starts` ascend, and each ends at the next."""
-    either = (packed ^ (packed >> 1)) & 0b01010101  # C is 1 and G is 2: one of the bits is set
-    return np.add.reduceat(np.bitwise_count(either), starts, dtype=np.uint32)
+def pack_plain(letters: UInt8[ndarray, "T"]) -> UInt8[ndarray, "P"] | None:
+    """Pack letters as `pack` does; None where one is not A, C, G or T in upper case.
+
+    T is a multiple of 4. Without bits 1 and 2, which `pack` keeps, A C G are 0x41 and T is 0x50:
+    0x41 once 0x11 is flipped where the code is 3.
+    """
+    words = letters.view(_WORD)
+    packed = np.empty(words.size, dtype=np.uint8)
+    size = min(_PIECE // PER_BYTE, words.size)
+    scratch = np.empty((3, size), dtype=_WORD)
+    for start in range(0, words.size, size or 1):
+        piece = words[start : start + size]
+        codes, upper, rest = scratch[:, : piece.size]
+        np.right_shift(piece, _U32(2), out=upper)
+        np.bitwise_and(upper, _each(0x01), out=upper)
+        np.right_shift(piece, _U32(1), out=codes)
+        np.bitwise_and(codes, _each(0x03), out=codes)
+        np.bitwise_xor(codes, upper, out=codes)
+        np.bitwise_and(codes, upper, out=upper)
+        np.multiply(upper, _U32(0x11), out=upper)
+        np.bitwise_and(piece, _each(0xF9), out=rest)
+        np.bitwise_xor(rest, upper, out=rest)
+        if (rest != _each(0x41)).any():
+            return None
+        np.multiply(codes, _GATHER, out=codes)
+        np.right_shift(codes, _U32(24), out=packed[start : start + piece.size], casting="unsafe")
+    return packed
+
+
+def count_bases(
+    packed: UInt8[ndarray, "P"], starts: Int64[ndarray, "R"], lengths: Int64[ndarray, "R"]
+) -> Int64[ndarray, "R 4"]:
+    """Count A C G T in stretches of packed bases, each filled up with A.
+
+    Stretches follow one another; each begins at a word of 32 bases, and `starts` counts these.
+    """
+    words = packed.view("<u8")
+    first, second = words & _LOW_BITS, (words >> np.uint64(1)) & _LOW_BITS
+    c_t, g_t, t = (
+        np.add.reduceat(np.bitwise_count(bits), starts, dtype=np.int64)
+        for bits in (first, second, first & second)
+    )
+    return np.stack([lengths - c_t - g_t + t, c_t - t, g_t - t, t], axis=1)
 
 
 def find_runs(values: ndarray) -> Int64[ndarray, "R 2"]:
@@ -64,6 +110,11 @@ def find_runs(values: ndarray) -> Int64[ndarray, "R 2"]:
 def _pack_words(words: ndarray) -> ndarray:
     codes = (words >> np.uint32(1)) & np.uint32(0x03030303)
     codes ^= (codes >> np.uint32(1)) & np.uint32(0x01010101)
-    codes *= np.uint32(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6)
+    codes *= _GATHER
     codes >>= np.uint32(24)
     return codes
+
+
+def _each(value: int) -> np.uint32:
+    """A word of four equal bytes."""
+    return _U32(0x01010101 * value)

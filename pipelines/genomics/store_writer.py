@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from pipelines.genomics.alphabet import LETTERS
 from pipelines.genomics.batches import DIGEST_BYTES, NO_RUNS, Packed
-from pipelines.genomics.genome import Record
+from pipelines.genomics.genome import RawRecord
 from pipelines.genomics.packing import PER_BYTE
 from pipelines.genomics.store import CHUNK_BYTES, SCHEMA, SHARD_BYTES
 
@@ -22,7 +22,6 @@ from pipelines.genomics.store import CHUNK_BYTES, SCHEMA, SHARD_BYTES
 class _Columns:
     """What is known of the records so far; lists run in parallel."""
 
-    offsets: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     circular: list[bool] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
@@ -53,25 +52,21 @@ class StoreWriter:
         self._num_pending = 0
         self._num_bytes = 0
         self._digest = hashlib.sha256(SCHEMA.encode())
-        self._is_labelled = False
 
-    def append(self, record: Record, packed: Packed) -> None:
+    def append(self, raw: RawRecord, packed: Packed) -> None:
         """Add a record behind those that were added before."""
-        offset = self._num_bytes * PER_BYTE
         columns = self._columns
-        columns.offsets.append(offset)
         columns.lengths.append(packed.length)
-        columns.circular.append(record.circular)
+        columns.circular.append(raw.circular)
         columns.digests.append(packed.digest)
-        columns.headers.append(header := _line(record.id, record.description))
-        columns.labels.append(label := _line(record.label, record.group, record.split))
+        columns.headers.append(header := _line(raw.id, raw.description))
+        columns.labels.append(label := _line(raw.label, raw.group, raw.split))
+        self._digest.update(f"{header}{label}{raw.circular:d}".encode() + packed.digest)
         if packed.others.size:
-            columns.others.append(packed.others + np.array([offset, 0, 0]))
-        if record.mask.size:
-            columns.masks.append(record.mask + offset)
-        self._is_labelled |= any((record.label, record.group, record.split))
-        self._digest.update(f"{header}{label}{record.circular:d}".encode() + packed.digest)
-        self._digest.update(record.mask.tobytes())
+            columns.others.append(packed.others + np.array([self._num_bytes * PER_BYTE, 0, 0]))
+        if packed.mask.size:
+            columns.masks.append(packed.mask + self._num_bytes * PER_BYTE)
+            self._digest.update(packed.mask.tobytes())
         self._pending.append(packed.bases)
         self._num_pending += packed.bases.size
         self._num_bytes += packed.bases.size
@@ -117,14 +112,17 @@ class StoreWriter:
     def _write_columns(self) -> None:
         columns = self._columns
         records = self._group.create_group("records")
-        records.create_array("offset", data=np.array(columns.offsets, dtype=np.int64))
-        records.create_array("length", data=np.array(columns.lengths, dtype=np.int64))
+        lengths = np.array(columns.lengths, dtype=np.int64)
+        places = np.cumsum(-(-lengths // PER_BYTE) * PER_BYTE)
+        records.create_array("offset", data=np.append(0, places)[:-1])
+        records.create_array("length", data=lengths)
         records.create_array("circular", data=np.array(columns.circular, dtype=np.bool_))
         digests = np.frombuffer(b"".join(columns.digests), dtype=np.uint8)
         records.create_array("digest", data=digests.reshape(-1, DIGEST_BYTES))
         # blobs, as Zarr v3 has no settled type for strings
         records.create_array("header", data=_blob(columns.headers))
-        records.create_array("label", data=_blob(columns.labels if self._is_labelled else []))
+        is_labelled = any(label != _NO_LABEL for label in columns.labels)
+        records.create_array("label", data=_blob(columns.labels if is_labelled else []))
         runs = _joined(columns.others, NO_RUNS)
         others = self._group.create_group("others")
         others.create_array("start", data=runs[:, 0].copy())
@@ -133,6 +131,9 @@ class StoreWriter:
         bounds = _joined(columns.masks, np.empty((0, 2), dtype=np.int64)).reshape(-1)
         # as steps from bound to bound: small numbers, which compress well
         self._group.create_array("soft_mask", data=np.diff(bounds, prepend=0).astype(np.int64))
+
+
+_NO_LABEL = "\t\t\n"
 
 
 def _line(*values: str | None) -> str:

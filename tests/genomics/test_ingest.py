@@ -234,9 +234,10 @@ def test_what_is_found_does_not_depend_on_the_batch(texts, sizes):
 def summary(found):
     if isinstance(found, InputError):
         return str(found)
-    record, packed = found
-    return (record.id, decode(record.tokens), record.mask.tolist(), packed.length, packed.gc,
-            packed.bases.tolist(), packed.others.tolist(), packed.digest)  # fmt: skip
+    raw, packed = found
+    counts = {name: count for name, count in packed.counts.items() if count}
+    return (raw.id, packed.length, packed.bases.tolist(), packed.others.tolist(),
+            packed.mask.tolist(), counts, packed.digest)  # fmt: skip
 
 
 def test_store_and_digest_do_not_depend_on_batches_or_workers(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pipelines.genomics import packing
 from pipelines.genomics.alphabet import decode, encode
-from pipelines.genomics.packing import count_gc, find_runs, pack, unpack
+from pipelines.genomics.packing import count_bases, find_runs, pack, pack_plain, unpack
 
 
 def ascii_codes(text):
@@ -33,12 +33,29 @@ def test_pieces_do_not_matter(monkeypatch, size):
     assert np.array_equal(unpack(whole)[:size], encode(letters.tobytes()))
 
 
-@given(st.lists(st.text("ACGT", min_size=1, max_size=30), min_size=1))
-def test_gc_is_counted_by_stretch(texts):
-    padded = [text + "A" * (-len(text) % 4) for text in texts]
-    starts = np.cumsum([0] + [len(text) // 4 for text in padded[:-1]])
-    counted = count_gc(pack(ascii_codes("".join(padded))), starts)
-    assert counted.tolist() == [text.count("G") + text.count("C") for text in texts]
+@given(st.lists(st.text("ACGT", min_size=1, max_size=99), min_size=1))
+def test_letters_are_counted_by_stretch(texts):
+    padded = [text + "A" * (-len(text) % 32) for text in texts]
+    starts = np.cumsum([0] + [len(text) // 32 for text in padded[:-1]])
+    packed, lengths = pack(ascii_codes("".join(padded))), np.array([len(text) for text in texts])
+    counted = count_bases(packed, starts, lengths)
+    assert counted.tolist() == [[text.count(letter) for letter in "ACGT"] for text in texts]
+
+
+@pytest.mark.parametrize("size", [0, 4, 64, 132, 1000])
+def test_plain_letters_pack_as_any(monkeypatch, size):
+    letters = np.random.default_rng(size).choice(ascii_codes("ACGT"), size)
+    assert np.array_equal(pack_plain(letters), pack(letters))
+    monkeypatch.setattr(packing, "_PIECE", 64)
+    assert np.array_equal(pack_plain(letters), pack(letters))
+
+
+@pytest.mark.parametrize("sign", sorted(set(range(256)) - set(b"ACGT")))
+def test_every_other_sign_is_noticed(sign):
+    for place in range(4):
+        letters = ascii_codes("ACGTTGCA").copy()
+        letters[4 + place] = sign
+        assert pack_plain(letters) is None
 
 
 @given(st.lists(st.integers(0, 2), max_size=30))
