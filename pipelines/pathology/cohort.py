@@ -122,7 +122,7 @@ def make_objective(config: dict[str, Any], cohort: Cohort) -> Objective:
     if task["name"] == "survival_discrete":
         return DiscreteSurvival.of(targets, bins=task["bins"])
     if task["name"] == "survival_cox":
-        objective = CoxSurvival(task["patients"])
+        objective = CoxSurvival(task["patients"], shown=tuple(sorted(task["times"])))
         if not objective.suffices(targets):
             raise InputError(
                 f"task=survival_cox compares patients: {task['patients']} or more with an event "

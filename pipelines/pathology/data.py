@@ -1,5 +1,6 @@
 """From stored tile features to examples."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,12 @@ class SlideDataset(Dataset[Example]):
 
     def __len__(self) -> int:
         return len(self.cases)
+
+    def plain(self) -> "SlideDataset":
+        """Return the same slides as they are, without augmentation."""
+        same = copy.copy(self)
+        same.augment = None
+        return same
 
     def set_epoch(self, epoch: int) -> None:
         """Choose what `augment` draws."""

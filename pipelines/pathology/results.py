@@ -1,6 +1,7 @@
 """What `predict` writes of each case, at once, and of all of them in the end.
 
 predictions.csv .parquet   a row per case: what the model says
+survival.parquet           slide_id, (patient_id,) time, survival: the curve of each case
 embeddings.parquet         slide_id, embedding: the vector that the model's head reads
 tile_scores/SLIDE.zarr     attention and scores of every tile (`tile_scores`)
 heatmaps/SLIDE.png .score.png
@@ -21,6 +22,7 @@ import pandas as pd
 from pipelines.pathology.sequences import Predicted
 from pipelines.pathology.slides import SlideError, SlideFile
 from pipelines.pathology.store import SlideFeatures, read_slide, slide_folder
+from pipelines.pathology.survival import CoxSurvival, DiscreteSurvival, Survival
 from pipelines.pathology.tile_scores import (
     TileScores,
     draw_scores,
@@ -116,6 +118,8 @@ class Results:
         table = self._table(held)
         write_table(self.out / "predictions.csv", table)
         _write_parquet(self.out / "predictions.parquet", table)
+        if isinstance(self.objective, DiscreteSurvival | CoxSurvival):
+            _write_parquet(self.out / "survival.parquet", self._curves(self.objective, held))
         embeddings = pd.DataFrame(
             {
                 "slide_id": table["slide_id"],
@@ -127,14 +131,25 @@ class Results:
 
     def _table(self, held: list[dict[str, Any]]) -> pd.DataFrame:
         outputs = np.array([item["outputs"] for item in held], dtype=np.float64)
-        table = pd.DataFrame({"slide_id": [";".join(item["slides"]) for item in held]})
-        if self.by_patient:
-            table["patient_id"] = [item["name"] for item in held]
-        table = pd.concat([table, self.objective.read(outputs)], axis=1)
+        table = pd.concat([self._names(held), self.objective.read(outputs)], axis=1)
         if isinstance(self.objective, Classification):
             scaled = self.objective.predictions(outputs / self.temperature, [0] * len(held))
             for column, name in enumerate(self.objective.classes):
                 table[f"calibrated_{name}"] = scaled.probabilities[:, column].round(DECIMALS)
+        return table
+
+    def _curves(self, objective: Survival, held: list[dict[str, Any]]) -> pd.DataFrame:
+        times, survival = objective.curve(np.array([item["outputs"] for item in held]))
+        table = self._names(held)
+        rows = table.loc[table.index.repeat(len(times))].reset_index(drop=True)
+        return rows.assign(
+            time=np.tile(times, len(held)), survival=survival.ravel().round(DECIMALS)
+        )
+
+    def _names(self, held: list[dict[str, Any]]) -> pd.DataFrame:
+        table = pd.DataFrame({"slide_id": [";".join(item["slides"]) for item in held]})
+        if self.by_patient:
+            table["patient_id"] = [item["name"] for item in held]
         return table
 
     def _scores(self, case: Predicted) -> list[TileScores]:

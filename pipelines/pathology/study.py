@@ -17,6 +17,7 @@ from pipelines.pathology.model import SlideClassifier, architecture, build_netwo
 from pipelines.pathology.pooling import PoolingClassifier
 from pipelines.pathology.store import read_slide, slide_folder
 from pipelines.pathology.stored_features import FeatureSource
+from pipelines.pathology.survival import CoxSurvival, DiscreteSurvival
 from pipelines.shared.calibration import choose_threshold, fit_temperature
 from pipelines.shared.checkpoint import save_model
 from pipelines.shared.evaluation import score
@@ -112,7 +113,7 @@ class Study:
             settings=self.settings,
             objective=self.objective,
             sample_weights=sample_weights(self.config, self.cohort),
-            also={split: data[split] for split in data if survival or split != "train"},
+            also={split: data[split].plain() for split in data if survival or split != "train"},
         )
         outputs = {split: _stack(found) for split, found in trained.predictions.items()}
         objective = self._settle(outputs)
@@ -143,7 +144,7 @@ class Study:
         stem.spread.copy_(spread)
 
     def _sample_features(self) -> torch.Tensor:
-        train = self.data["train"]
+        train = self.data["train"].plain()
         generator = np.random.default_rng(self.config["seed"])
         share = min(1.0, MAX_STANDARDISED / sum(train.lengths))
         kept = []
@@ -154,12 +155,12 @@ class Study:
         return torch.cat(kept)
 
     def _settle(self, outputs: dict[str, Outputs]) -> Objective:
-        """Choose what validation decides (a threshold) or training (the cut between groups)."""
+        """Choose what validation decides (a threshold) or training (groups, baseline hazard)."""
         if isinstance(self.objective, Classification):
             return _with_threshold(self.objective, outputs["val"], self._targets("val"))
-        cut_at = getattr(self.objective, "cut_at", None)
-        settled: Objective = self.objective if cut_at is None else cut_at(outputs["train"])
-        return settled
+        if isinstance(self.objective, DiscreteSurvival | CoxSurvival):
+            return self.objective.settle(outputs["train"], self._targets("train"))
+        return self.objective
 
     def _targets(self, split: str) -> list[Any]:
         return [case.target for case in self.cohort.of(split)]
@@ -247,7 +248,7 @@ class Study:
         reports = {name: result.report for name, result in results.items() if result.report}
         headline = {name: model.scores[name].value for name in SHOWN if name in model.scores}
         return {
-            "task": model.objective.plain(),
+            "task": _without_curve(model.objective.plain()),
             "classes": list(self.cohort.classes),
             "test_slides": len(self.cohort.of("test")),
             "failures": len(failures),
@@ -298,6 +299,11 @@ class Study:
             paths.append(self.out / "heatmaps" / f"{slide.slide_id}.png")
             draw_attention(paths[-1], slide, part, title=f"{slide.slide_id}: {title}")
         return paths
+
+
+def _without_curve(plain: dict[str, object]) -> dict[str, object]:
+    """Leave out the baseline hazard, which has a number for each event; the checkpoint has it."""
+    return {key: value for key, value in plain.items() if key not in ("times", "hazards")}
 
 
 def _with_threshold(

@@ -1,7 +1,8 @@
 """Survival: times until an event, some of them cut short (censored).
 
 A target is (time, event): the event was seen at that time (1), or not until then (0). Every model
-gives a risk, of which more means sooner; its sign is the model's and never chosen by the data.
+gives a risk, of which more means sooner; its sign is the model's and never chosen by the data. Once
+trained it gives a curve too: the chance of no event until each of some times.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,9 @@ from pipelines.shared.objective import DECIMALS, Outputs
 
 Targets = Float[Tensor, "S 2"]
 """Time and event of each sequence."""
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Times [K], rising, and the chance of each row of no event until then [N, K]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +100,13 @@ class DiscreteSurvival:
         """Risk of each row [N]."""
         return -self.survival(outputs).sum(1)
 
-    def cut_at(self, outputs: Outputs) -> "DiscreteSurvival":
+    def settle(self, outputs: Outputs, targets: Sequence[Target]) -> "DiscreteSurvival":
         """Part the groups at the median risk of these (training) outputs."""
-        return replace(self, cut=float(np.median(self.risk(outputs).round(DECIMALS))))
+        return replace(self, cut=_median(self.risk(outputs)))
+
+    def curve(self, outputs: Outputs) -> Curve:
+        """Survival at the edges."""
+        return np.array(self.edges), self.survival(outputs)
 
     def evaluate(self, outputs: Outputs, targets: NDArray[np.generic]) -> float | None:
         """Harrell's c-index."""
@@ -131,14 +139,25 @@ class CoxSurvival:
     For each event, the softmax of the outputs over all who were still at risk. A lone patient says
     nothing, so that at least `patients` are taken together, with an event among them that another
     patient outlived or was lost with. `cut` is as in `DiscreteSurvival`.
+
+    `times` are those of the training set's events and `hazards` the cumulative baseline hazard at
+    them, after Breslow (1972): at each time, events over the sum of exp(risk - cut) of all who were
+    still at risk. They give a patient's survival, exp(-hazard exp(risk - cut)), which is constant
+    between events. Tables tell it at `shown`, by default the quartiles of `times` over the events
+    and the last of them.
     """
 
     patients: int = 32
     cut: float = 0.0
+    shown: tuple[float, ...] = ()
+    times: tuple[float, ...] = ()
+    hazards: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.patients < 2:
             raise InputError(f"task.patients must be at least 2; got {self.patients}")
+        if any(time <= 0 for time in self.shown):
+            raise InputError(f"task.times must lie above 0; got {list(self.shown)}")
 
     @property
     def num_outputs(self) -> int:
@@ -177,9 +196,31 @@ class CoxSurvival:
         """Risk of each row [N]: its log relative hazard."""
         return outputs[:, 0]
 
-    def cut_at(self, outputs: Outputs) -> "CoxSurvival":
-        """Part the groups at the median risk of these (training) outputs."""
-        return replace(self, cut=float(np.median(self.risk(outputs).round(DECIMALS))))
+    def settle(self, outputs: Outputs, targets: Sequence[Target]) -> "CoxSurvival":
+        """Take the cut and the baseline hazard from these (training) outputs."""
+        cut = _median(self.risk(outputs))
+        known, events = _columns(targets)
+        times, counts = np.unique(known[events], return_counts=True)
+        at_risk = known >= times[:, None]
+        hazards = np.cumsum(counts / (at_risk @ np.exp(self.risk(outputs) - cut)))
+        shown = np.unique(np.quantile(known[events], (0.25, 0.5, 0.75, 1.0), method="nearest"))
+        return replace(
+            self,
+            cut=cut,
+            shown=self.shown or tuple(shown.tolist()),
+            times=tuple(times.tolist()),
+            hazards=tuple(hazards.tolist()),
+        )
+
+    def curve(self, outputs: Outputs) -> Curve:
+        """Survival at the times of the training set's events."""
+        return np.array(self.times), self.survival(outputs, self.times)
+
+    def survival(self, outputs: Outputs, times: Sequence[float]) -> Outputs:
+        """Chance of no event until each of some times [N, K]; after the last event it stays."""
+        last = np.searchsorted(self.times, times, side="right")
+        hazards = np.concatenate([[0.0], self.hazards])[last]
+        return np.exp(-hazards * np.exp(self.risk(outputs) - self.cut)[:, None])
 
     def evaluate(self, outputs: Outputs, targets: NDArray[np.generic]) -> float | None:
         """Harrell's c-index."""
@@ -194,12 +235,17 @@ class CoxSurvival:
         return _truth(targets)
 
     def read(self, outputs: Outputs) -> pd.DataFrame:
-        """`risk` and `group`."""
-        return _read(self.risk(outputs), self.cut)
+        """`risk`, `group`, and `survival_T` at each shown time T."""
+        table = _read(self.risk(outputs), self.cut)
+        if self.times:
+            for time, column in zip(self.shown, self.survival(outputs, self.shown).T, strict=True):
+                table[f"survival_{time:g}"] = column.round(DECIMALS)
+        return table
 
     def plain(self) -> dict[str, object]:
         """Return the fields."""
-        return {"name": "survival_cox", **asdict(self)}
+        lists = {key: list(getattr(self, key)) for key in ("shown", "times", "hazards")}
+        return {"name": "survival_cox", **asdict(self), **lists}
 
 
 Survival = DiscreteSurvival | CoxSurvival
@@ -209,9 +255,14 @@ def read_survival(plain: Mapping[str, object]) -> Survival:
     """Make an objective again from what `plain` returned."""
     fields = {key: value for key, value in plain.items() if key != "name"}
     if plain["name"] == "survival_cox":
-        return CoxSurvival(**fields)  # type: ignore[arg-type]
+        lists = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+        return CoxSurvival(**fields | lists)  # type: ignore[arg-type]
     edges = tuple(fields.pop("edges"))  # type: ignore[arg-type]
     return DiscreteSurvival(edges, **fields)  # type: ignore[arg-type]
+
+
+def _median(risks: NDArray[np.float64]) -> float:
+    return float(np.median(risks.round(DECIMALS)))
 
 
 def _last_of_ties(time: Float[Tensor, " S"]) -> Int64[Tensor, " S"]:

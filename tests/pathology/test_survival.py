@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lifelines import CoxPHFitter
+from lifelines import CoxPHFitter, KaplanMeierFitter
 from lifelines.datasets import load_gbsg2, load_rossi
 from lifelines.utils import concordance_index
 from torch import nn
@@ -185,10 +185,68 @@ def test_batches_for_cox_hold_enough_patients_and_an_event() -> None:
     assert objective.suffices([(1.0, 1.0), *[lost] * 3])
 
 
+@pytest.mark.filterwarnings("ignore:.*keyword-only")  # of pandas, from within lifelines
+@pytest.mark.parametrize("load", [rossi, gbsg2])
+def test_curves_after_cox_equal_lifelines(load) -> None:
+    table, time, event = load()
+    reference = CoxPHFitter().fit(table, time, event)
+    outputs = reference.predict_log_partial_hazard(table).to_numpy()[:, None]
+    targets = list(zip(table[time].astype(float), table[event].astype(float), strict=True))
+    objective = read_survival(CoxSurvival().settle(outputs, targets).plain())
+    times, survival = objective.curve(outputs)
+    expected = reference.predict_survival_function(table, times).to_numpy().T
+    assert set(times) == {t for t, seen in targets if seen}
+    np.testing.assert_allclose(survival, expected, atol=1e-9)
+    between = [times[0] / 2, times[3] + 1e-3, times[-1] + 100]
+    held = objective.survival(outputs, between)
+    np.testing.assert_allclose(held, np.column_stack([0 * held[:, 0] + 1, survival[:, [3, -1]]]))
+
+
+def test_the_curve_does_not_depend_on_where_risks_are_counted_from() -> None:
+    outputs, targets = np.array([[0.2], [1.4], [-0.3]]), [(1.0, 1.0), (2.0, 1.0), (3.0, 0.0)]
+    one, two = (CoxSurvival(2).settle(o, targets).curve(o)[1] for o in (outputs, outputs + 30))
+    np.testing.assert_allclose(one, two, atol=1e-12)
+
+
+def test_discrete_curves_follow_those_who_are_left() -> None:
+    """A model of everyone alike has the life table as its curve (checked by Kaplan and Meier)."""
+    table, time, event = rossi()
+    targets = list(zip(table[time].astype(float), table[event].astype(float), strict=True))
+    objective = DiscreteSurvival.of(targets, bins=4)
+    found, survival = objective.curve(hazards_of(objective, targets))
+    known = KaplanMeierFitter().fit(table[time], table[event])
+    assert found.tolist() == list(objective.edges)
+    np.testing.assert_allclose(survival[0], known.survival_function_at_times(found), atol=1e-9)
+
+
+def hazards_of(objective: DiscreteSurvival, targets: list[tuple[float, float]]) -> np.ndarray:
+    """Log odds of the events of each bin among those at its start; none is lost within one."""
+    known = np.array(targets)
+    start = np.array([0.0, *objective.edges[:-1]])
+    in_bin = (known[:, :1] > start) & (known[:, :1] <= np.array(objective.edges))
+    died = (in_bin & (known[:, 1:] > 0)).sum(0)
+    left = (known[:, :1] > start).sum(0)
+    return np.log(died / (left - died))[None]
+
+
+def test_times_that_are_asked_for_are_shown() -> None:
+    outputs, targets = np.array([[0.2], [1.4], [-0.3]]), [(1.0, 1.0), (2.0, 1.0), (3.0, 0.0)]
+    table = CoxSurvival(2, shown=(1.5, 10.0)).settle(outputs, targets).read(outputs)
+    assert list(table) == ["risk", "group", "survival_1.5", "survival_10"]
+    assert (table["survival_10"] < table["survival_1.5"]).all()
+    quartiles = CoxSurvival(2).settle(outputs, targets).read(outputs)
+    assert list(quartiles) == ["risk", "group", "survival_1", "survival_2"]
+    with pytest.raises(InputError, match="above 0"):
+        CoxSurvival(2, shown=(0.0, 1.0))
+
+
 @pytest.mark.parametrize("objective", [CoxSurvival(40, 0.5), DiscreteSurvival((1.0, 2.5), -1.0)])
 def test_objectives_come_back_from_plain_values(objective) -> None:
     assert read_survival(objective.plain()) == objective
     outputs = np.linspace(-2, 2, 10).reshape(5, 2)[:, : objective.num_outputs]
-    table = objective.cut_at(outputs).read(outputs)
+    targets = [(float(time), 1.0) for time in range(1, 6)]
+    settled = objective.settle(outputs, targets)
+    assert read_survival(settled.plain()) == settled
+    table = settled.read(outputs)
     assert (table["group"] == "high").sum() == 2  # the median itself is low
     assert {"risk", "group"} <= set(table)

@@ -9,6 +9,7 @@ import pytest
 from lifelines.utils import concordance_index
 
 from pipelines.pathology.__main__ import VERBS
+from pipelines.pathology.survival import CoxSurvival
 from pipelines.shared.checkpoint import load_model
 from pipelines.shared.cli import main
 
@@ -71,12 +72,41 @@ def test_survival_finds_the_known_hazard(
     best = concordance_index(test["time"], -burden, test["event"])
     assert concordance_index(test["time"], -test["risk"], test["event"]) > best - 0.12 > 0.7
     edges = [name for name in table if name.startswith("survival_")]
-    assert len(edges) == (4 if task == "survival_discrete" else 0)
+    assert len(edges) == 4
     assert (np.diff(table[edges], axis=1) <= 0).all()
     metadata = load_model(tmp_path / "model.ckpt", task="pathology").metadata
     high = test["risk"] > metadata["task"]["cut"]
     assert (high == (test["group"] == "high")).all()
     assert test.loc[high, "time"].median() < test.loc[~high, "time"].median()
+
+
+def test_groups_and_curves_are_those_of_the_training_slides_as_they_are(
+    cohort: Path, tmp_path: Path
+) -> None:
+    """Augmentation is for learning: it has no part in the median risk or the baseline hazard."""
+    options = ["task=survival_cox", "model=mean", *SURVIVAL, "epochs=2", "augment.drop_tiles=0.7"]
+    table = train(cohort, tmp_path, *options)
+    command = ["predict", f"features={cohort / 'store'}", f"ckpt={tmp_path / 'model.ckpt'}"]
+    out = tmp_path / "again"
+    no_pictures = ["geojson=false", "tile_scores=false", "heatmaps=false"]
+    assert run(*command, f"out={out}", f"patients={cohort / 'labels.csv'}", *no_pictures) == 0
+    again = pd.read_csv(out / "predictions.csv").set_index("patient_id")
+    held = set(table["patient_id"])
+    labels = pd.read_csv(cohort / "labels.csv").groupby("patient_id").first()
+    trained = again.loc[[name for name in again.index if name not in held]]
+    task = load_model(tmp_path / "model.ckpt", task="pathology").metadata["task"]
+    assert task["cut"] == pytest.approx(trained["risk"].median(), abs=1e-5)
+    targets = labels.loc[trained.index, ["months", "dead"]].to_numpy()
+    expected = CoxSurvival().settle(trained[["risk"]].to_numpy(), targets.tolist())
+    np.testing.assert_allclose(task["hazards"], expected.hazards, rtol=1e-4)
+    curves = pd.read_parquet(out / "survival.parquet")
+    assert list(curves) == ["slide_id", "patient_id", "time", "survival"]
+    assert len(curves) == len(again) * len(task["times"])
+    one = curves[curves["patient_id"] == again.index[3]]
+    assert one["time"].tolist() == task["times"]
+    shown = [name for name in again if name.startswith("survival_")]
+    assert one["survival"].iloc[-1] == again[shown[-1]].iloc[3]
+    assert "hazards" not in (tmp_path / "metrics.json").read_text()
 
 
 def test_patients_are_predicted_as_they_were_in_training(cohort: Path, tmp_path: Path) -> None:
