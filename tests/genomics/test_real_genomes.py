@@ -9,13 +9,16 @@ import pandas as pd
 import pysam
 import pytest
 from Bio import SeqIO, bgzf
+from Bio.Seq import Seq
 
 from pipelines.genomics.alphabet import decode
 from pipelines.genomics.baseline import fit_kmer_baseline
+from pipelines.genomics.collection import Collection
 from pipelines.genomics.data import WindowDataset, match_labels, read_label_table
 from pipelines.genomics.duplicates import find_copies
 from pipelines.genomics.genome import read_records
 from pipelines.genomics.ingest import ingest, read_report
+from pipelines.genomics.leaks import find_leaks
 from pipelines.genomics.letters import Reading
 from pipelines.genomics.sequence_tables import Columns
 from pipelines.shared.errors import InputError
@@ -318,3 +321,35 @@ def test_words_of_whole_genomes_reach_the_known_figure(pool, vertebrates):
     )
     assert scores["accuracy"].value > 0.99
     assert scores["balanced_accuracy"].value > 0.98
+
+
+def test_long_genomes_leak_by_their_share_of_words(genomes, tmp_path):
+    """Vertebrates of one class, every other one held out, half of these turned around."""
+    labels = pd.read_csv(genomes / "mldsp_labels.tsv.gz", sep="\t", dtype=str)
+    wanted = set(labels.query("task == 'Vertebrates' and `class` == 'Birds'")["record_id"])
+    pool = read_records(genomes / "mldsp_mito_pool.fasta.gz")
+    texts = [decode(record.tokens) for record in islice((r for r in pool if r.id in wanted), 200)]
+    texts[1::4] = [str(Seq(text).reverse_complement()) for text in texts[1::4]]
+    path = tmp_path / "birds.fa"
+    path.write_text("".join(f">{number}\n{text}\n" for number, text in enumerate(texts)))
+    store = ingest(path, tmp_path / "store", progress=False)
+    table = pd.DataFrame({"id": store.ids, "group": store.ids, "split": ["train", "test"] * 100})
+    leaks = find_leaks(Collection("birds", table, store, np.arange(200)))
+    found = leaks.items.set_index("id")["shared_50mers"].astype(float)
+    found = found[found > 0.15]
+    words = {name: words_of_both_strands(texts[int(name)]) for name in found.index}
+    asked = set().union(*words.values())
+    known = set().union(*(asked.intersection(words_of_both_strands(t)) for t in texts[::2]))
+    shares = {name: np.mean([word in known for word in own]) for name, own in words.items()}
+    assert found.to_dict() == pytest.approx(shares, abs=6e-5)
+    counted = leaks.counts.set_index("criterion")["found"]
+    assert counted["90% of 50-mers shared"] == sum(share >= 0.9 for share in shares.values()) == 1
+    assert counted["30% of 50-mers shared"] == sum(share >= 0.3 for share in shares.values()) == 4
+
+
+def words_of_both_strands(text):
+    turned = str(Seq(text).reverse_complement())
+    words = (text[at : at + 50] for at in range(len(text) - 49))
+    others = (turned[len(text) - 50 - at :][:50] for at in range(len(text) - 49))
+    both = zip(words, others, strict=True)
+    return [min(pair) for pair in both if set(pair[0]) <= set("ACGT")]

@@ -172,6 +172,24 @@ def test_leaks_name_what_they_were_found_by(tmp_path):
     assert "2 remain  fewer than 30: too few" in leaks.text()
 
 
+@pytest.mark.parametrize("strand", ["+", "-"])
+@pytest.mark.parametrize(
+    ("kept", "found"),
+    [(1_230, []), (1_240, ["30%"]), (3_600, ["30%"]), (3_610, ["30%", "90%"])],
+)
+def test_long_records_leak_by_share_on_either_strand(tmp_path, kept, found, strand):
+    long, other = random_text(7, 4_000), random_text(8, 4_000)
+    text = long[:kept] + other[kept:]  # shares kept - 49 of 3,951 words
+    later = {"later": text if strand == "+" else opposite(text)}
+    store = write(tmp_path, {"long": long, "pad": random_text(9)} | later)
+    leaks = find_leaks(collection_of(store, ["train", "train", "test"]))
+    assert leaks.items["shared_50mers"].tolist() == [pytest.approx((kept - 49) / 3_951, abs=6e-4)]
+    assert leaks.items["leaks"].tolist() == [bool(found)]
+    counted = leaks.counts.set_index("criterion")["found"].to_dict()
+    for share in ("30%", "90%"):
+        assert counted[f"{share} of 50-mers shared"] == (share in found)
+
+
 def test_without_splits_nothing_is_held_against_anything(store):
     collection = collection_of(store, ["train"] * 8)
     assert not find_leaks(collection)
