@@ -1,15 +1,25 @@
-"""The sequence classifier for DNA: bases, a convolution, the sparse encoder."""
+"""The sequence classifier for DNA: bases, a convolution, the sparse encoder; one strand or both."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from pipelines.genomics.alphabet import NUM_TOKENS
-from pipelines.shared.network import ConvolutionStem, SequenceClassifier
+from pipelines.genomics.alphabet import COMPLEMENT, NUM_TOKENS
+from pipelines.genomics.equivariance import refuse_asymmetric, share_between_strands
+from pipelines.shared.batch import PackedBatch
+from pipelines.shared.errors import InputError
+from pipelines.shared.network import ConvolutionStem, NetworkOutput, SequenceClassifier
 
 TASK = "genomics"
 """What a model file says that it is for."""
+
+Strands = Literal["none", "augment", "average", "equivariant"]
+STRANDS = get_args(Strands)
+"""How the other strand is dealt with: not at all; half of the training windows are read from it;
+this, and predictions are the mean of both; or by a network to which both are the same."""
 
 _FEW_TOKENS = 64
 """Up to so many kinds of tokens are bases, which are looked at several at a time."""
@@ -20,8 +30,10 @@ class DnaClassifier(SequenceClassifier):
 
     `kernel` bases are seen by the stem, which makes a token of each `stem_stride` bases;
     coordinates stay those of bases. The `num_tokens` of a tokenizer whose tokens are words (k-mers,
-    byte pairs) are embedded instead, one by one. Other arguments are those of `SequenceClassifier`.
-    Raises ValueError for `stem_stride` above 1 with words.
+    byte pairs) are embedded instead, one by one. With `rc="average"` the network, once trained,
+    says the mean of both strands; with "equivariant" its weights are such that it says the same of
+    both. Other arguments are those of `SequenceClassifier`. Raises ValueError for `stem_stride`
+    above 1 with words, and InputError for an `rc` that cannot be had with them or with the pattern.
     """
 
     def __init__(
@@ -31,23 +43,96 @@ class DnaClassifier(SequenceClassifier):
         kernel: int = 11,
         stem_stride: int = 1,
         num_tokens: int = NUM_TOKENS,
+        rc: Strands = "augment",
         **architecture: Any,
     ) -> None:
-        if num_tokens > _FEW_TOKENS and stem_stride != 1:
+        words = num_tokens > _FEW_TOKENS
+        if words and stem_stride != 1:
             raise ValueError(f"stem_stride={stem_stride} is one of bases; words need stem_stride=1")
+        _check_strands(rc, words=words)
         stem = (
-            ConvolutionStem(num_tokens, dim, kernel=kernel, stride=stem_stride)
-            if num_tokens <= _FEW_TOKENS
-            else WordStem(num_tokens, dim)
+            WordStem(num_tokens, dim)
+            if words
+            else ConvolutionStem(num_tokens, dim, kernel=kernel, stride=stem_stride)
         )
+        if rc == "equivariant":
+            refuse_asymmetric(architecture["pattern"], architecture["depth"])
         super().__init__(stem, dim=dim, coord_dims=1, **architecture)
+        if rc == "equivariant":
+            share_between_strands(self)
+        self.rc, self.stem_stride = rc, stem_stride
         self.config: dict[str, object] = {
             "dim": dim,
             "kernel": kernel,
             "stem_stride": stem_stride,
             "num_tokens": num_tokens,
+            "rc": rc,
             **architecture,
         }
+
+    def forward(self, batch: PackedBatch, *, explain: bool = False) -> NetworkOutput:
+        """Score every sequence of the batch, as `SequenceClassifier` does.
+
+        Raises InputError for a sequence that an equivariant network cannot read backwards.
+        """
+        if self.rc == "equivariant":
+            require_even_lengths(batch.lengths.tolist(), self.stem_stride)
+        output = super().forward(batch, explain=explain)
+        if self.rc != "average" or self.training:
+            return output
+        backwards = reversal(batch.lengths).to(batch.inputs.device)
+        other = super().forward(opposite_strand(batch), explain=explain)
+        added = None
+        if output.contributions is not None and other.contributions is not None:
+            added = (output.contributions + other.contributions[backwards]) / 2
+        return NetworkOutput(
+            (output.logits + other.logits) / 2,
+            (output.attention + other.attention[backwards]) / 2,
+            (output.embedding + other.embedding) / 2,
+            added,
+        )
+
+
+def opposite_strand(batch: PackedBatch) -> PackedBatch:
+    """Read every sequence of bases backwards and complemented; coordinates count from there."""
+    backwards = reversal(batch.lengths).to(batch.inputs.device)
+    complement = torch.from_numpy(COMPLEMENT.astype("int64")).to(batch.inputs.device)
+    sequence = torch.arange(batch.lengths.numel()).repeat_interleave(batch.lengths)
+    largest = torch.stack([part.amax(0) for part in batch.coords.split(batch.lengths.tolist())])
+    last = largest[sequence.to(batch.coords.device)]
+    return replace(
+        batch,
+        inputs=complement[batch.inputs.long()][backwards].to(batch.inputs.dtype),
+        coords=(last - batch.coords)[backwards],
+    )
+
+
+def reversal(lengths: Int64[Tensor, " S"]) -> Int64[Tensor, " T"]:
+    """Places of the tokens with every sequence turned around; its own inverse."""
+    ends = lengths.cumsum(0)
+    sequence = torch.arange(lengths.numel()).repeat_interleave(lengths)
+    return (2 * ends - lengths - 1)[sequence] - torch.arange(int(lengths.sum()))
+
+
+def require_even_lengths(lengths: list[int], stem_stride: int) -> None:
+    """Raise InputError for a length that is not cut into the same tokens from both ends."""
+    uneven = [length for length in lengths if length % stem_stride]
+    if uneven:
+        raise InputError(
+            f"rc=equivariant with stem_stride={stem_stride} needs lengths that are multiples of "
+            f"it: {uneven[0]:,} bases are cut into other tokens from the other end; use "
+            "stem_stride=1, a context that is a multiple, or rc=average"
+        )
+
+
+def _check_strands(rc: str, *, words: bool) -> None:
+    if rc not in STRANDS:
+        raise InputError(f"rc is {', '.join(STRANDS)}; got {rc!r}")
+    if words and rc in ("average", "equivariant"):
+        raise InputError(
+            f"rc={rc} needs tokenizer=base: words of several bases are cut differently from the "
+            "other end; use rc=augment, which turns bases around before they are cut"
+        )
 
 
 class WordStem(nn.Module):

@@ -8,10 +8,12 @@ from typing import Any
 
 from pipelines.genomics.alphabet import NUM_TOKENS
 from pipelines.genomics.collection import Collection, collect
+from pipelines.genomics.convolution import BenchmarkCnn
 from pipelines.genomics.ingest import require_input
+from pipelines.genomics.leaks import Leaks, find_leaks
 from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.splitting import assign, check_policy, describe, keep_apart
-from pipelines.genomics.study import BASELINES, TASK, Study, record_probabilities
+from pipelines.genomics.study import BASELINES, Study
 from pipelines.genomics.synthetic import MotifPlan, write_dataset
 from pipelines.genomics.tokenizers import Tokenizer, build_tokenizer
 from pipelines.shared.errors import InputError
@@ -20,7 +22,8 @@ from pipelines.shared.record import is_main_process
 from pipelines.shared.study import architecture_of, begin_run, check_baselines, check_network
 from pipelines.shared.tables import write_table
 
-__all__ = ["TASK", "record_probabilities", "train"]
+_MANY_TOKENS = 4096
+"""As many as words make: the network is built for a look, before there is a tokenizer."""
 
 
 def train(config: dict[str, Any]) -> int:
@@ -37,8 +40,8 @@ def train(config: dict[str, Any]) -> int:
         num_classes=collection.table["label"].nunique(),
         num_tokens=tokenizer.num_tokens,
     )
-    study = Study(config, settings, collection, tokenizer, architecture, out)
-    return study.run()
+    leaks = _find_leaks(collection) if config["leaks"] else None
+    return Study(config, settings, collection, tokenizer, architecture, leaks, out).run()
 
 
 def _check(config: dict[str, Any]) -> FitSettings:
@@ -52,9 +55,12 @@ def _check(config: dict[str, Any]) -> FitSettings:
     words = config["tokenizer"]["kind"] != "base"
     if words and config["stem_stride"] != 1:
         raise InputError("stem_stride makes tokens of bases; with another tokenizer it is 1")
+    num_tokens = _MANY_TOKENS if words else NUM_TOKENS
     check_network(
-        partial(DnaClassifier, **_architecture(config, num_classes=2, num_tokens=NUM_TOKENS))
+        partial(DnaClassifier, **_architecture(config, num_classes=2, num_tokens=num_tokens))
     )
+    if "cnn" in config["baselines"]:
+        check_network(partial(BenchmarkCnn, config["context"], 2))
     if not 0 <= config["window_overlap"] < config["context"]:
         raise InputError(
             "window_overlap must be at least 0 and below context; got "
@@ -70,7 +76,8 @@ def _architecture(
     config: Mapping[str, Any], *, num_classes: int, num_tokens: int
 ) -> dict[str, Any]:
     architecture = architecture_of(dict(config), num_classes=num_classes)
-    return {**architecture, "stem_stride": config["stem_stride"], "num_tokens": num_tokens}
+    own = {"stem_stride": config["stem_stride"], "rc": config["rc"], "num_tokens": num_tokens}
+    return {**architecture, **own}
 
 
 def _with_built_in_records(config: dict[str, Any]) -> dict[str, Any]:
@@ -120,3 +127,10 @@ def _make_tokenizer(collection: Collection, config: Mapping[str, Any]) -> Tokeni
     return build_tokenizer(
         config["tokenizer"], lambda: (store.read(int(record)) for record in chosen)
     )
+
+
+def _find_leaks(collection: Collection) -> Leaks:
+    """Look for test items that stand in train or validation too, and say how many do."""
+    leaks = find_leaks(collection, progress=True)
+    print(f"\n{leaks.text()}\n")
+    return leaks

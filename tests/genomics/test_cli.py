@@ -34,10 +34,16 @@ def records(trained: Path) -> tuple[Path, Path]:
 
 def test_default_makes_its_records_and_compares(trained: Path) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert set(metrics["scores"]) == {"model", "kmer", "window", "shuffled"}
+    assert set(metrics["scores"]) == {
+        "model", "majority", "kmer", "cnn", "window", "shuffled",
+    }  # fmt: skip
     assert metrics["engine"] == "blockwise"
     assert "predict sequences=FILE" in (trained / "summary.txt").read_text()
-    assert len(pd.read_csv(trained / "predictions.tsv", sep="\t")) == 12
+    table = pd.read_csv(trained / "predictions.csv", dtype=str)
+    assert table["split"].value_counts().to_dict() == {"test": 12, "val": 8}
+    card = (trained / "model_card.md").read_text()
+    assert "balanced accuracy" in card
+    assert "strands: augment" in card
 
 
 @pytest.mark.parametrize("kind", ["fa", "fa.gz", "fa.bgz"])
@@ -63,7 +69,7 @@ def test_own_records_and_predictions_in_input_order(
     names = [line[1:].split()[0] for line in text.decode().splitlines() if line[0] == ">"]
     assert table["id"].tolist() == names
     assert (table["num_windows"] == 2).all()
-    ours = pd.read_csv(tmp_path / "run" / "predictions.tsv", sep="\t").set_index("id")
+    ours = pd.read_csv(tmp_path / "run" / "predictions.csv", dtype={"id": str}).set_index("id")
     again = table.set_index("id").loc[ours.index]
     columns = [column for column in ours if column.startswith("probability")]
     assert (ours[columns] - again[columns]).abs().to_numpy().max() < 1e-5
@@ -81,7 +87,7 @@ def test_tokens_of_several_bases_and_a_standardised_head(
     ckpt = tmp_path / "run" / "model.ckpt"
     code = run("predict", f"sequences={records[0]}", f"ckpt={ckpt}", f"out={tmp_path / 'out'}")
     assert code == 0
-    ours = pd.read_csv(tmp_path / "run" / "predictions.tsv", sep="\t").set_index("id")
+    ours = pd.read_csv(tmp_path / "run" / "predictions.csv", dtype={"id": str}).set_index("id")
     again = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t").set_index("id")
     columns = [column for column in ours if column.startswith("probability")]
     assert (ours[columns] - again.loc[ours.index, columns]).abs().to_numpy().max() < 1e-5
@@ -295,7 +301,17 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
     [
         (["pattern=longformer"], ["longformer", "window_global"]),
         (["model=huge"], ["huge", "tiny"]),
-        (["baselines=[cnn]"], ["cnn", "kmer"]),
+        (["baselines=[lstm]"], ["lstm", "kmer"]),
+        (["context=50", "baselines=[cnn]"], ["context=57", "baselines="]),
+        (["rc=both"], ["none, augment, average, equivariant", "'both'"]),
+        (["rc=equivariant"], ["GlobalTokens(first=4)", "before the first base", "rc=average"]),
+        (["rc=equivariant", "pattern=causal"], ["Causal()", "one side only"]),
+        (["rc=equivariant", "tokenizer=kmer"], ["tokenizer=base", "cut differently"]),
+        (["rc=average", "tokenizer=bpe"], ["tokenizer=base", "rc=augment"]),
+        (
+            ["rc=equivariant", "pattern=sliding_window", "stem_stride=3"],
+            ["multiples of it", "272 bases"],
+        ),
         (["labels=x.tsv"], ["sequences=FILE"]),
         (["data=sequences"], ["sequences=FILE", "store=FOLDER"]),
         (["window_overlap=500"], ["window_overlap"]),

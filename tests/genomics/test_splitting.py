@@ -111,7 +111,7 @@ def test_given_splits_that_overlap_are_refused_removed_or_allowed(tmp_path, caps
     assert run("train", *quick, f"out={tmp_path / 't1'}") == 2
     assert "overlap=remove" in capsys.readouterr().err
     assert run("train", *quick, "overlap=allow", f"out={tmp_path / 't2'}") == 0
-    assert len(pd.read_csv(tmp_path / "t2" / "predictions.tsv", sep="\t")) == 13
+    assert len(pd.read_csv(tmp_path / "t2" / "predictions.csv").query("split == 'test'")) == 13
 
 
 def test_train_takes_splits_intervals_and_tokenizers(families, tmp_path):
@@ -120,7 +120,7 @@ def test_train_takes_splits_intervals_and_tokenizers(families, tmp_path):
     quick += ["context=128", "window_overlap=16"]
     splits = [f"splits={tmp_path / 's' / 'splits.tsv'}", "tokenizer=kmer", "tokenizer.k=4"]
     assert run("train", *families, *splits, *quick, f"out={tmp_path / 'k'}") == 0
-    tested = pd.read_csv(tmp_path / "k" / "predictions.tsv", sep="\t")["id"]
+    tested = pd.read_csv(tmp_path / "k" / "predictions.csv").query("split == 'test'")["id"]
     table = splits_of(tmp_path / "s")
     assert set(tested) == set(table.index[table["split"] == "test"])
     predict = [families[0], f"ckpt={tmp_path / 'k' / 'model.ckpt'}", f"out={tmp_path / 'p'}"]

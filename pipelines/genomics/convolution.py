@@ -1,0 +1,69 @@
+"""The convolutional network that Genomic Benchmarks measures against (Grešová et al. 2023)."""
+
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from pipelines.genomics.alphabet import NUM_TOKENS, PADDING
+from pipelines.shared.batch import PackedBatch
+from pipelines.shared.errors import InputError
+from pipelines.shared.network import NetworkOutput
+
+_CHANNELS = (100, 16, 8, 4)
+_KERNEL = 8
+_HIDDEN = 512
+SHORTEST = 57
+"""Bases that three convolutions and poolings leave a value of."""
+
+
+class BenchmarkCnn(nn.Module):
+    """Three convolutions of 8 bases, halved by pooling each, and two products.
+
+    Bases are embedded in 100 channels, which become 16, 8 and 4; shorter sequences are filled up to
+    `num_bases`. It knows nothing of coordinates. Raises InputError below 57 bases.
+    """
+
+    def __init__(self, num_bases: int, num_classes: int) -> None:
+        super().__init__()
+        if num_bases < SHORTEST:
+            raise InputError(
+                f"baseline cnn needs context={SHORTEST} or more, for three convolutions; got "
+                f"{num_bases}; leave it out of baselines="
+            )
+        self.num_bases = num_bases
+        self.embedding = nn.Embedding(NUM_TOKENS, _CHANNELS[0])
+        length, layers = num_bases, []
+        for inside, outside in pairwise(_CHANNELS):
+            layers += [
+                nn.Conv1d(inside, outside, _KERNEL), nn.BatchNorm1d(outside), nn.ReLU(),
+                nn.MaxPool1d(2),
+            ]  # fmt: skip
+            length = (length - _KERNEL + 1) // 2
+        self.convolutions = nn.Sequential(*layers)
+        self.hidden = nn.Linear(length * _CHANNELS[-1], _HIDDEN)
+        self.head = nn.Linear(_HIDDEN, num_classes)
+
+    def forward(self, batch: PackedBatch, *, explain: bool = False) -> NetworkOutput:
+        """Score every sequence of the batch; all its bases count alike."""
+        lengths = batch.lengths.to(batch.inputs.device)
+        seen = self.convolutions(self.embedding(self._filled(batch)).transpose(1, 2))
+        vector = self.hidden(seen.flatten(1))
+        share = (1 / lengths).repeat_interleave(lengths).to(vector.dtype)
+        return NetworkOutput(self.head(vector), share, vector)
+
+    def _filled(self, batch: PackedBatch) -> Int64[Tensor, "S T"]:
+        parts = batch.inputs.long().split(batch.lengths.tolist())
+        filled = torch.full(
+            (len(parts), self.num_bases), PADDING, dtype=torch.int64, device=batch.inputs.device
+        )
+        for row, part in zip(filled, parts, strict=True):
+            row[: part.numel()] = part
+        return filled
+
+
+def majority_logits(counts: Int64[Tensor, " C"], num_rows: int) -> Float[Tensor, "N C"]:
+    """What is said without looking: the logarithms of the classes' shares in training."""
+    shares = counts.double() / counts.sum()
+    return shares.log().expand(num_rows, -1)
