@@ -1,8 +1,8 @@
 """A model and what it is measured against: trained alike, scored on the same test items."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ from torch import nn
 
 from pipelines.shared.batch import Examples
 from pipelines.shared.errors import InputError
-from pipelines.shared.evaluation import evaluate
 from pipelines.shared.fit import FitReport, FitSettings, fit, seed_everything
 from pipelines.shared.inference import Prediction, predict
-from pipelines.shared.metrics import Score
-from pipelines.shared.objective import Classification, Objective, balanced_weights
+from pipelines.shared.objective import Objective, balanced_weights
 from pipelines.shared.record import RunState, open_run
 from sparse_core.ops import engines_used
 
@@ -39,33 +37,6 @@ class Contender:
     train: Examples
     val: Examples
     test: Examples
-
-
-@dataclass(frozen=True, slots=True)
-class TestSet:
-    """What is known of the test items, in the order of the probabilities' rows."""
-
-    ids: list[str]
-    targets: list[int]
-    groups: list[str]
-    __test__ = False
-
-    def score(self, probabilities: Probabilities) -> dict[str, Score]:
-        """Score the probabilities, rounded as they are saved."""
-        rounded = probabilities.round(DECIMALS)
-        return evaluate(self.targets, rounded, groups=self.groups)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A trained contender, its test predictions and scores, and who served its attention."""
-
-    network: nn.Module
-    report: FitReport
-    predictions: list[Prediction]
-    probabilities: Probabilities
-    scores: dict[str, Score]
-    engine_calls: Counter[str]
 
 
 def check_baselines(chosen: Sequence[str], known: Mapping[str, str]) -> None:
@@ -109,39 +80,6 @@ def begin_run(out: Path, config: Mapping[str, object]) -> bool:
 def choose_class_weights(choice: str | None, targets: Sequence[int], num_classes: int) -> Weights:
     """Weights of the classes in the loss: none, or `balanced` by their number in training."""
     return balanced_weights(targets, num_classes=num_classes) if choice == "balanced" else None
-
-
-def run_contender(
-    name: str,
-    contender: Contender,
-    *,
-    out: Path,
-    settings: FitSettings,
-    test: TestSet,
-    class_weights: Weights = None,
-    collect: Callable[[Iterable[Prediction]], Probabilities],
-) -> Result:
-    """Train one contender in `out/models/NAME`, select its epoch on validation, score it on test.
-
-    `collect` turns the predictions of test examples into one row per test item. On the CPU they
-    are computed in float64, so that items which the network cannot tell apart tie exactly.
-    """
-    num_classes = max(test.targets, default=1) + 1 if class_weights is None else len(class_weights)
-    classes = tuple(map(str, range(num_classes)))
-    weights = None if class_weights is None else tuple(class_weights)
-    trained = train_contender(
-        name, contender, out=out, settings=settings, objective=Classification(classes, weights)
-    )
-    predictions = trained.predictions["test"]
-    probabilities = collect(predictions)
-    return Result(
-        trained.network,
-        trained.report,
-        predictions,
-        probabilities,
-        test.score(probabilities),
-        trained.engine_calls,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,26 +145,6 @@ def probability_table(
     for column, name in enumerate(classes):
         table[f"probability_{name}"] = rounded[:, column]
     return table
-
-
-def summarise(
-    scores: Mapping[str, Mapping[str, Score]], results: Mapping[str, Result]
-) -> dict[str, object]:
-    """Gather what `metrics.json` says of all contenders, trained networks or not."""
-    model = results["model"]
-    summary = {
-        "auroc": model.scores["auroc"].value,
-        "accuracy": model.scores["accuracy"].value,
-        "seconds": round(model.report.seconds, 1),
-    }
-    return {
-        "summary": summary,
-        **name_engines(sum((result.engine_calls for result in results.values()), Counter())),
-        "scores": {
-            name: {key: score.plain() for key, score in row.items()} for name, row in scores.items()
-        },
-        "training": {name: asdict(result.report) for name, result in results.items()},
-    }
 
 
 def name_engines(calls: Mapping[str, int]) -> dict[str, object]:
