@@ -18,9 +18,12 @@ ENCODERS = {
 }
 """Encoders by the `name` of their configuration; imported when they are used."""
 
-_STATS_REVISION = 1
+_STATS_REVISION = 2
+_MIN_SIDE = 24  # the coarsest scale keeps a pixel with all its neighbours
 _QUANTILES = (0.05, 0.5, 0.95)
-_NUM_SCALES = 3  # each half the one before
+_NUM_SCALES = 3  # the first of 2 x 2 pixels, each half the one before
+_COLOUR_BLOCK = 4  # pixels a side that colours are averaged over
+_TOLERANCE = 4  # of a pattern: one part in so many of the spread of grey values
 _STAIN_BINS = 256
 # Ruifrok and Johnston 2001: haematoxylin and eosin in optical density, and their residual
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
@@ -73,7 +76,13 @@ class StatsEncoder:
     Colour: mean, spread and quantiles of R, G, B and of the haematoxylin and eosin densities
     (Ruifrok and Johnston 2001), optical densities. Texture at three scales: gradient and Laplacian
     energy, local spread, correlation of neighbours, rotation-invariant local binary patterns
-    (Ojala et al. 2002).
+    (Ojala et al. 2002), in which a neighbour counts as brighter from a quarter of the spread on
+    (a threshold as that of Heikkila and Pietikainen 2006, here in proportion).
+
+    What a scan holds at the size of single pixels is the scanner's sharpness and what JPEG made of
+    it, its colours being stored at half the resolution. Texture is therefore taken from means of
+    2 x 2 pixels on, colour from means of 4 x 4, so that a slide has nearly the same numbers
+    whichever resolution it was scanned at.
 
     With `grey` each tile is reduced to grey values of zero mean and unit spread, and only the
     texture numbers are given: nothing of colour, brightness or contrast enters.
@@ -92,7 +101,7 @@ class StatsEncoder:
         self.dim = self(np.zeros((1, 32, 32, 3), dtype=np.uint8)).shape[1]
 
     def __call__(self, tiles: np.ndarray) -> np.ndarray:
-        """Encode uint8 RGB [n, h, w, 3], h and w at least 16, as float32 [n, dim]."""
+        """Encode uint8 RGB [n, h, w, 3], h and w at least 24, as float32 [n, dim]."""
         _check_tiles(tiles)
         # tile by tile while its pixels are at hand, then the few numbers of all tiles together
         counts = [_count(tile, colour=not self.grey) for tile in tiles]
@@ -117,22 +126,36 @@ class _Counts:
 
 def _count(tile: np.ndarray, *, colour: bool) -> _Counts:
     image = Image.fromarray(np.ascontiguousarray(tile))
-    scales = [np.asarray(image.convert("L"))]
+    scales = [_halve(np.asarray(image.convert("L")))]
     while len(scales) < _NUM_SCALES:
         scales.append(_halve(scales[-1]))
+    means = [_means(grey) for grey in scales]
+    above = _tolerance(*means[0][:2])
+    small = _smooth(image) if colour else None
     return _Counts(
-        channels=image.histogram() if colour else [],
-        stains=_stain_histograms(image) if colour else [],
-        means=[_means(grey) for grey in scales],
-        patterns=[_histogram(_pattern_codes(grey)) for grey in scales[:-1]],
+        channels=small.histogram() if small else [],
+        stains=_stain_histograms(small) if small else [],
+        means=means,
+        patterns=[_histogram(_pattern_codes(grey, above)) for grey in scales[:-1]],
     )
+
+
+def _smooth(image: Image.Image) -> Image.Image:
+    """Means of whole blocks of pixels."""
+    width, height = image.width // _COLOUR_BLOCK, image.height // _COLOUR_BLOCK
+    return image.reduce(_COLOUR_BLOCK).crop((0, 0, width, height))
+
+
+def _tolerance(mean: float, square: float) -> int:
+    """Grey levels that a neighbour must be brighter by, of mean and mean square."""
+    return int(np.sqrt(max(square - mean * mean, 0.0)) / _TOLERANCE + 0.5)
 
 
 def _check_tiles(tiles: np.ndarray) -> None:
     if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3:
         raise ValueError(f"tiles must be uint8 [n, h, w, 3]; got {tiles.dtype} {tiles.shape}")
-    if min(tiles.shape[1:3]) < 16:
-        raise ValueError(f"tiles must be at least 16 px a side; got {tiles.shape}")
+    if min(tiles.shape[1:3]) < _MIN_SIDE:
+        raise ValueError(f"tiles must be at least {_MIN_SIDE} px a side; got {tiles.shape}")
 
 
 def _density_tables() -> np.ndarray:
@@ -165,9 +188,8 @@ def _colour(counts: list[_Counts]) -> list[np.ndarray]:
 
 
 def _stain_histograms(image: Image.Image) -> list[list[int]]:
-    """Counts [2, bins] of haematoxylin and of eosin in means of 2 x 2 pixels."""
-    small = image.reduce(2).crop((0, 0, image.width // 2, image.height // 2))
-    channels = [np.asarray(channel) for channel in small.split()]
+    """Counts [2, bins] of haematoxylin and of eosin."""
+    channels = [np.asarray(channel) for channel in image.split()]
     counts = []
     for tables in _DENSITY_TABLES:
         value = tables[0].take(channels[0])
@@ -245,10 +267,14 @@ def _pattern_shares(counts: np.ndarray) -> list[np.ndarray]:
     return [_row_sum(shares[:, kind == _UNIFORM]) for kind in range(10)]
 
 
-def _pattern_codes(grey: np.ndarray) -> np.ndarray:
-    """Which of eight neighbours are no darker than a pixel, as bits: uint8 [h - 2, w - 2]."""
+def _pattern_codes(grey: np.ndarray, above: int) -> np.ndarray:
+    """Which neighbours of a pixel reach its value and `above`, as bits: uint8 [h - 2, w - 2].
+
+    What would lie above white is white.
+    """
     height, width = grey.shape
     pixels = grey.reshape(-1)
+    wanted = np.minimum(pixels, 255 - above) + np.uint8(above)
     # without its first and last row the image is one run of pixels: one loop each, not one per row
     inner = slice(width + 1, height * width - width - 1)
     code = np.zeros((height - 2) * width, dtype=np.uint8)
@@ -256,7 +282,7 @@ def _pattern_codes(grey: np.ndarray) -> np.ndarray:
     for dy, dx in reversed(_RING):
         step = dy * width + dx
         bits += bits  # a shift by one bit, which NumPy does faster as a sum
-        bits += (pixels[inner.start + step : inner.stop + step] >= pixels[inner]).view(np.uint8)
+        bits += (pixels[inner.start + step : inner.stop + step] >= wanted[inner]).view(np.uint8)
     return code.reshape(height - 2, width)[:, :-2]
 
 

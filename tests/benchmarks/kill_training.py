@@ -136,13 +136,21 @@ def _kill(
     *,
     longest: float | None,
 ) -> None:
-    """Kill at a random moment of the whole run, or a little after one of the next states."""
-    if longest is not None and rng.random() < 0.3:
+    """Kill after one of the next states: a little later, or while the one after it is written.
+
+    Where `longest` seconds are given, also at a random moment of as much.
+    """
+    chance = rng.random()
+    if longest is not None and chance < 0.3:
         _wait(run, rng.uniform(0, longest))
     else:
         for _ in range(rng.randint(1, 6)):
             _wait_for_state(run, out)
-        _wait(run, rng.uniform(0, 0.15))
+        if chance < 0.6:
+            _wait(run, rng.uniform(0, 0.15))
+        else:
+            while run.is_alive() and not _is_saving(out):
+                time.sleep(0.0005)
     if not run.is_alive():
         return
     run.kill()
@@ -172,9 +180,14 @@ def _states(out: Path) -> dict[str, int]:
     return found
 
 
+def _is_saving(out: Path) -> bool:
+    """Tell whether a state is being written; with the process dead, whether it was."""
+    return any(is_aside(path) for path in out.glob("models/*/*"))
+
+
 def _moment(out: Path) -> str:
     """Name what the killed run was at."""
-    if any(is_aside(path) for path in out.glob("models/*/*")):
+    if _is_saving(out):
         return "inside a save"
     if (out / "model.ckpt").exists():
         return "at the end"
