@@ -36,6 +36,32 @@ VERBS = {
             "sequences=POOL.fa.gz labels=TASKS.tsv.gz columns.id=record_id where.task=Vertebrates",
         ),
     ),
+    "crossval": Verb(
+        summary="Train and test every fold with every seed, compare the models, write a report.",
+        config="genomics_crossval",
+        function="pipelines.genomics.crossval:crossval",
+        path_keys=("sequences", "intervals", "labels", "splits", "out", "store", "data_root"),
+        selects=dict.fromkeys(
+            ("sequences", "intervals", "labels", "splits", "store"), "data=sequences"
+        ),
+        examples=(
+            "sequences=RECORDS.fa.gz labels=LABELS.tsv by=cluster out=runs/folds",
+            "sequences=GUE/prom_core_all scheme=given seeds=[0,1,2] overlap=allow",
+            "fold=$SLURM_ARRAY_TASK_ID sequences=RECORDS.fa.gz labels=LABELS.tsv",
+        ),
+    ),
+    "evaluate": Verb(
+        summary="Score saved predictions, with and without what leaks; write a report.",
+        config="genomics_evaluate",
+        function="pipelines.genomics.evaluating:evaluate",
+        path_keys=("run", "against", "labels", "leaks", "out"),
+        required=("run",),
+        examples=(
+            "run=runs/genomics out=report",
+            "run=runs/folds against=runs/other_folds",
+            "run=predictions.csv leaks=report/leaks.csv",
+        ),
+    ),
     "inspect": Verb(
         summary="Report counts, lengths, GC, copies, label conflicts, and leaks between splits.",
         config="genomics_inspect",

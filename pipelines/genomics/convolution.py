@@ -8,33 +8,27 @@ from torch import Tensor, nn
 
 from pipelines.genomics.alphabet import NUM_TOKENS, PADDING
 from pipelines.shared.batch import PackedBatch
-from pipelines.shared.errors import InputError
 from pipelines.shared.network import NetworkOutput
 
 _CHANNELS = (100, 16, 8, 4)
 _KERNEL = 8
 _HIDDEN = 512
-SHORTEST = 57
+_SHORTEST = 57
 """Bases that three convolutions and poolings leave a value of."""
 
 
 class BenchmarkCnn(nn.Module):
     """Three convolutions of 8 bases, halved by pooling each, and two products.
 
-    Bases are embedded in 100 channels, which become 16, 8 and 4; shorter sequences are filled up to
-    `num_bases`. It knows nothing of coordinates. Raises InputError below 57 bases.
+    Bases are embedded in 100 channels, which become 16, 8 and 4. Sequences have up to `num_bases`,
+    to which shorter ones are filled up, but to 57 at least. It knows nothing of coordinates.
     """
 
     def __init__(self, num_bases: int, num_classes: int) -> None:
         super().__init__()
-        if num_bases < SHORTEST:
-            raise InputError(
-                f"baseline cnn needs context={SHORTEST} or more, for three convolutions; got "
-                f"{num_bases}; leave it out of baselines="
-            )
-        self.num_bases = num_bases
+        self.num_bases = max(num_bases, _SHORTEST)
         self.embedding = nn.Embedding(NUM_TOKENS, _CHANNELS[0])
-        length, layers = num_bases, []
+        length, layers = self.num_bases, []
         for inside, outside in pairwise(_CHANNELS):
             layers += [
                 nn.Conv1d(inside, outside, _KERNEL), nn.BatchNorm1d(outside), nn.ReLU(),

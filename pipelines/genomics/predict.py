@@ -70,6 +70,7 @@ class _Run:
         self.network = DnaClassifier(**model.config)  # type: ignore[arg-type]
         self.network.load_state_dict(model.state_dict)
         self.classes: list[str] = model.metadata["classes"]  # type: ignore[assignment]
+        self.threshold = float(str(model.metadata.get("threshold", 0.5)))
         self.context: int = model.metadata["context"]  # type: ignore[assignment]
         self.overlap: int = model.metadata["overlap"]  # type: ignore[assignment]
         make_folder(self.out)
@@ -87,6 +88,9 @@ class _Run:
         scored = probability_table(
             table["id"].tolist(), probabilities, self.classes, id_column="id"
         )
+        if len(self.classes) == 2:  # the second one from the threshold on that validation chose
+            chosen = scored[f"probability_{self.classes[1]}"] >= self.threshold
+            scored["prediction"] = [self.classes[int(is_second)] for is_second in chosen]
         scored = pd.concat([table.drop(columns="flags"), scored.drop(columns="id")], axis=1)
         scored["num_windows"] = pd.Series(windows.records).value_counts(sort=False).to_numpy()
         scored["flags"] = _flags(table["flags"], intervals)

@@ -47,7 +47,7 @@ def split(config: dict[str, Any]) -> int:
     collection = collect(config, out, require_labels=False)
     for note in collection.notes:
         print(f"note: {note}")
-    collection = _grouped(collection, config)
+    collection = grouped(collection, config)
     found = keep_apart(collection, config["overlap"])
     splits = assign(found.collection, config)
     table = found.collection.table.assign(split=splits)
@@ -172,7 +172,7 @@ def _check(config: Mapping[str, Any]) -> None:
         raise InputError(f"share lies above 0 and up to 1; got {config['share']}")
 
 
-def _grouped(collection: Collection, config: Mapping[str, Any]) -> Collection:
+def grouped(collection: Collection, config: Mapping[str, Any]) -> Collection:
     """Put into one group what `by` wants in one split; drop splits that are to be drawn anew."""
     table, by = collection.table, config["by"]
     if by == "given":

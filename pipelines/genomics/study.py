@@ -83,8 +83,9 @@ class Study:
         self.classes = tuple(sorted(self.table["label"].unique()))
         self.targets = np.array([self.classes.index(label) for label in self.table["label"]])
         self.rows = {name: np.flatnonzero(self.table["split"] == name) for name in SPLITS}
+        lengths = [length for split in SPLITS for length in self._windows(split).lengths]
+        self.longest = max(lengths)
         if config["rc"] == "equivariant":
-            lengths = [n for split in SPLITS for n in self._windows(split).lengths]
             require_even_lengths(lengths, config["stem_stride"])
 
     def run(self) -> int:
@@ -138,7 +139,7 @@ class Study:
 
     def _build(self, name: str) -> torch.nn.Module:
         if name == "cnn":
-            return BenchmarkCnn(self.config["context"], len(self.classes))
+            return BenchmarkCnn(self.longest, len(self.classes))
         alone = f"SlidingWindow(radius={self.config['window']})"
         changed = {"pattern": alone} if name == "window" else {}
         return DnaClassifier(**{**self.architecture, **changed})

@@ -8,7 +8,6 @@ from typing import Any
 
 from pipelines.genomics.alphabet import NUM_TOKENS
 from pipelines.genomics.collection import Collection, collect
-from pipelines.genomics.convolution import BenchmarkCnn
 from pipelines.genomics.ingest import require_input
 from pipelines.genomics.leaks import Leaks, find_leaks
 from pipelines.genomics.model import DnaClassifier
@@ -28,8 +27,8 @@ _MANY_TOKENS = 4096
 
 def train(config: dict[str, Any]) -> int:
     """Train and score; 0, or 3 if records or labels stayed without a partner."""
-    settings = _check(config)
-    config = _with_built_in_records(config)
+    settings = check_training(config)
+    config = with_built_in_records(config)
     out = Path(config["out"])
     if not begin_run(out, config):
         return 0
@@ -44,7 +43,7 @@ def train(config: dict[str, Any]) -> int:
     return Study(config, settings, collection, tokenizer, architecture, leaks, out).run()
 
 
-def _check(config: dict[str, Any]) -> FitSettings:
+def check_training(config: dict[str, Any]) -> FitSettings:
     """Refuse settings without sense before anything is read."""
     check_baselines(config["baselines"], BASELINES)
     settings = FitSettings.from_config(config)
@@ -59,8 +58,6 @@ def _check(config: dict[str, Any]) -> FitSettings:
     check_network(
         partial(DnaClassifier, **_architecture(config, num_classes=2, num_tokens=num_tokens))
     )
-    if "cnn" in config["baselines"]:
-        check_network(partial(BenchmarkCnn, config["context"], 2))
     if not 0 <= config["window_overlap"] < config["context"]:
         raise InputError(
             "window_overlap must be at least 0 and below context; got "
@@ -80,7 +77,7 @@ def _architecture(
     return {**architecture, **own}
 
 
-def _with_built_in_records(config: dict[str, Any]) -> dict[str, Any]:
+def with_built_in_records(config: dict[str, Any]) -> dict[str, Any]:
     """Write the built-in records and name them as input, where none is given."""
     if config["data"]["name"] == "sequences":
         return config

@@ -104,10 +104,12 @@ def write_report(
     words: Words,
     facts: Mapping[str, str],
     notes: list[str],
+    beside: Mapping[str, Assessment] | None = None,
 ) -> None:
     """Write the page aside and rename it: tables and figures, no script, nothing from elsewhere.
 
-    `facts` are shown at the top, `notes` at the end.
+    `facts` are shown at the top, `notes` at the end. `beside` holds further assessments of the same
+    models, such as of a part of the rows: tables of their scores stand behind the first ones.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
@@ -117,7 +119,7 @@ def write_report(
         title=title,
         lead=count_rows(found, words),
         facts=facts,
-        tables=_tables(found, words),
+        tables=_tables(found, words, beside or {}),
         pictures=_pictures(found, words),
         notes=[*notes, *_method(found, words)],
     )
@@ -126,8 +128,9 @@ def write_report(
     os.replace(aside, path)
 
 
-def _tables(found: Assessment, words: Words) -> list[Table]:
+def _tables(found: Assessment, words: Words, beside: Mapping[str, Assessment]) -> list[Table]:
     tables = [_score_table("Scores", found.scores, words)]
+    tables += [_score_table(title, other.scores, words) for title, other in beside.items()]
     if found.differences:
         reference = words.title(str(found.reference))
         lower = [
