@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparse_core.building import build_layout
+from sparse_core.listing import with_chosen
 from sparse_core.patterns import (
     BlockList,
     Causal,
@@ -24,10 +25,12 @@ from sparse_core.patterns import (
     Hierarchical,
     Pattern,
     RandomBlocks,
+    Routed,
     SlidingWindow,
     Strided,
 )
 from sparse_core.pooling import build_pooled_layout
+from sparse_core.routing import build_routed_layout, choose_blocks
 
 TOKENS = 32
 LENGTHS = (1_024, 16_384, 262_144)
@@ -52,6 +55,7 @@ SMALL: list[Pattern] = [
 """What is drawn."""
 
 POOLED = Hierarchical(2, factor=2)
+ROUTED = Routed(4, top=2, near=0) | GlobalTokens(1)
 
 LARGE: list[Pattern] = [
     Dense(),
@@ -75,6 +79,7 @@ def main() -> int:
     arguments = parser.parse_args()
     drawings: list[tuple[str, Tensor]] = [(repr(p), p.mask(TOKENS)) for p in SMALL]
     drawings.append(("SlidingWindow(radius=1) on a 6 x 6 grid", SlidingWindow(1).mask(_grid(6))))
+    drawings.append((f"{ROUTED!r}, by random queries", _routed(ROUTED)))
     for name, mask in drawings:
         print(f"\n{name}")
         print("\n".join(_half_blocks(mask)))
@@ -97,6 +102,16 @@ def _shares(pattern: Pattern) -> Float[Tensor, "T T"]:
         cells.append(below)
     members = torch.cat([torch.eye(TOKENS), torch.cat(cells)[pooled.entries]])
     return pooled.layout.counts().float() @ (members / members.sum(1, keepdim=True))
+
+
+def _routed(pattern: Pattern) -> Bool[Tensor, "T T"]:
+    """What is seen if blocks choose by random vectors."""
+    routed = build_routed_layout(pattern, TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    about_q, about_k = torch.randn(2, 1, len(routed.tokens), 1, 8, generator=generator)
+    chosen = choose_blocks(about_q, about_k, routed)
+    layout = with_chosen(routed.empty, chosen, chosen < len(routed.tokens))
+    return routed.seen.mask() | layout.mask()
 
 
 def _grid(side: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""How far patterns carry information: `python -m sparse_core.recall`."""
