@@ -90,6 +90,17 @@ VERBS = {
             "features=runs/pathology_import/features ckpt=runs/imported/model.ckpt out=predictions",
         ),
     ),
+    "heatmap": Verb(
+        summary="Draw the tile scores that predict kept: any class, one scale, sharper pictures.",
+        config="pathology_heatmap",
+        function="pipelines.pathology.drawing:draw",
+        path_keys=("predictions", "features", "slides", "out"),
+        required=("predictions",),
+        examples=(
+            "predictions=predictions scores=[attention] same_scale=true out=heatmaps",
+            "predictions=predictions slides=SLIDES mpp=2 only=[SLIDE] out=heatmaps",
+        ),
+    ),
     "tile": Verb(
         summary="Find the tissue of slides and lay tiles over it; previews, outlines for QuPath.",
         config="pathology_tile",

@@ -20,11 +20,14 @@ def render_heatmap(
     *,
     title: str,
     unit: str = "score",
+    overview: np.ndarray | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """Write a PNG: the slide at the left, `scores` [N] over it at the right, with their scale.
 
-    `unit` labels the colour bar. Colours span the middle 98 % of the scores. The file is written
-    aside and renamed. Raises ValueError for scores that do not match the tiles.
+    `unit` labels the colour bar. Colours span `limits`, by default the middle 98 % of the scores.
+    `overview` uint8 RGB [h, w, 3] shows the whole slide in place of the stored picture. The file is
+    written aside and renamed. Raises ValueError for scores that do not match the tiles.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != (len(slide),):
@@ -35,7 +38,7 @@ def render_heatmap(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    overview = slide.overview()
+    overview = slide.overview() if overview is None else overview
     height, width = overview.shape[:2]
     inches = min(_PANEL_INCHES[0] / width, _PANEL_INCHES[1] / height)
     size = (max(2 * inches * width, 4.0) + 1.6, max(inches * height, 1.5) + 0.8)
@@ -47,7 +50,7 @@ def render_heatmap(
     left.imshow(overview, extent=extent)
     right.imshow(_pale(overview), extent=extent)
     raster, raster_extent = _raster(slide, scores)
-    low, high = np.nanpercentile(scores, [_CLIPPED_PERCENT, 100 - _CLIPPED_PERCENT])
+    low, high = clipped_range(scores) if limits is None else limits
     tiles = right.imshow(
         np.ma.masked_invalid(raster),
         extent=raster_extent,
@@ -67,6 +70,12 @@ def render_heatmap(
     aside = aside_of(path)
     figure.savefig(aside, format="png", dpi=_DPI)
     os.replace(aside, path)
+
+
+def clipped_range(scores: np.ndarray) -> tuple[float, float]:
+    """Return what the middle 98 % of scores span."""
+    low, high = np.nanpercentile(scores, [_CLIPPED_PERCENT, 100 - _CLIPPED_PERCENT])
+    return float(low), float(high)
 
 
 def draw_attention(path: Path, slide: SlideFeatures, weights: np.ndarray, *, title: str) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import zarr
 from PIL import Image
 
 from pipelines.pathology.exporting import write_geojson
@@ -90,6 +91,31 @@ def write_scores(folder: Path, slide: SlideFeatures, scores: TileScores) -> None
         "scores": np.stack([*scores.outputs.values()], axis=1).astype(np.float32),
     }
     write_group(folder, attributes, arrays)
+
+
+def read_scores(folder: Path) -> tuple[SlideFeatures, dict[str, np.ndarray]]:
+    """Read what `write_scores` wrote: where the tiles stand, and each score [N] by its name.
+
+    The slide has neither features nor a picture.
+    """
+    group = zarr.open_group(folder, mode="r")
+    held = dict(group.attrs)
+    grid, xy0 = (np.asarray(group[name]) for name in ("grid", "xy0"))
+    slide = SlideFeatures(
+        slide_id=held["slide_id"],
+        folder=folder,
+        grid=grid,
+        xy0=xy0,
+        tissue=np.ones(len(grid), dtype=np.float32),
+        encoder=None,
+        dimensions=(int(held["dimensions"][0]), int(held["dimensions"][1])),
+        mpp=float(held["mpp"]),
+        pitch0=float(held["pitch0"]),
+        attributes=held,
+    )
+    columns = np.asarray(group["scores"]).T
+    scores = dict(zip(held["scores"], columns, strict=True))
+    return slide, {"attention": np.asarray(group["attention"]), **scores}
 
 
 def draw_scores(folder: Path, slide: SlideFeatures, scores: TileScores, *, title: str) -> None:
