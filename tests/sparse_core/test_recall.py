@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, SlidingWindow
+from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, Routed, SlidingWindow
 from sparse_core.recall import __main__ as recall
 from sparse_core.recall.task import Task, make_batch
 from sparse_core.recall.training import Recaller, Settings, keys_per_query, train
+from tests.benchmarks.routing import compare
 
 TINY = Settings(
     Task(128, (16, 64), per_distance=2, num_values=4),
@@ -69,6 +70,19 @@ def test_a_run_is_repeatable() -> None:
     pattern = Hierarchical(8) & Causal()
     results = [train(pattern, TINY, 3, report=lambda _: None) for _ in range(2)]
     assert replace(results[0], seconds_per_step=0) == replace(results[1], seconds_per_step=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_routing_beats_random_choice(seed: int) -> None:
+    task = Task(256, (8, 64, 128), per_distance=4, num_values=4)
+    settings = Settings(
+        task, dim=48, heads=1, batch=8, steps=30, lr=8e-3, seeds=1, eval_batches=2
+    )  # fmt: skip
+    routed, random = compare(Routed(16, top=2), settings, seed)
+    assert routed.accuracy["8"] > 0.9
+    assert random.accuracy["8"] > 0.9
+    for distance in ("64", "128"):
+        assert routed.accuracy[distance] > random.accuracy[distance] + 0.1
 
 
 def test_runs_go_on_where_they_stopped(
