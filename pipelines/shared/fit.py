@@ -20,6 +20,7 @@ from typing import Any, Literal, Never, TypeVar, cast, get_args
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -185,6 +186,7 @@ def fit(
                 Progress(name, epochs, shown=settings.progress),
                 *callbacks,
             ],
+            plugins=_environment(settings),
             default_root_dir=out,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -205,6 +207,23 @@ def require_device(settings: FitSettings) -> None:
     found = torch.cuda.is_available() or torch.backends.mps.is_available()
     if settings.accelerator in ("gpu", "cuda") and not found:
         raise InputError("trainer.accelerator=gpu: no GPU is found here; use trainer=cpu")
+
+
+def _environment(settings: FitSettings) -> list[LightningEnvironment]:
+    """Choose who starts the processes of several devices: this run, or torchrun if that is there.
+
+    A scheduler's variables alone would make Lightning take its one task for all processes there
+    are. Raises InputError where SLURM started several tasks and each would start them all.
+    """
+    if TorchElasticEnvironment.detect():
+        return []
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if settings.devices != 1 and tasks > 1:
+        raise InputError(
+            f"SLURM started {tasks} tasks, and training on several devices starts a process for "
+            "each device itself: use srun --ntasks=1"
+        )
+    return [LightningEnvironment()]
 
 
 def seed_everything(seed: int) -> None:

@@ -501,6 +501,30 @@ if __name__ == "__main__":
 """
 
 
+# as in `srun --ntasks=1`: one task is not all the processes there are, the run starts those itself
+SLURM = {
+    "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1",
+}  # fmt: skip
+
+
+def test_several_tasks_of_slurm_are_refused_where_devices_are_several(
+    tmp_path: Path,
+    make_network: MakeNetwork,
+    make_examples: MakeExamples,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {**SLURM, "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    given = (make_network(), make_examples(8), make_examples(8))
+    several = replace(SETTINGS, devices=2, strategy="ddp")
+    with pytest.raises(InputError, match="--ntasks=1"):
+        fit(*given, objective=CLASSES, out=tmp_path, settings=several)
+    # one device each: tasks that have nothing to do with each other, folds of an array
+    _, report = fit(*given, objective=CLASSES, out=tmp_path, settings=replace(SETTINGS, epochs=1))
+    assert report.epochs == 1
+
+
 def test_two_processes_train_one_network_after_another(tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     parts = Path(__file__).with_name("conftest.py")
@@ -523,7 +547,7 @@ def test_two_processes_train_one_network_after_another(tmp_path: Path) -> None:
         text=True,
         check=False,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env=os.environ | SLURM | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
 
     assert done.returncode == 0, done.stderr
