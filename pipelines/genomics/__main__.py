@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pipelines.shared import cli
 from pipelines.shared.cli import Verb
 
+_TRAINING_PATHS = ("sequences", "intervals", "labels", "splits", "out", "store")
+
 VERBS = {
     "ingest": Verb(
         summary="Write sequences of any format into a store; check and count every letter.",
@@ -23,7 +25,7 @@ VERBS = {
         summary="Train a sequence classifier on your sequences, or on built-in DNA, and score it.",
         config="genomics_train",
         function="pipelines.genomics.train:train",
-        path_keys=("sequences", "intervals", "labels", "splits", "out", "store", "data_root"),
+        path_keys=(*_TRAINING_PATHS, "data_root", "pretrained"),
         selects=dict.fromkeys(
             ("sequences", "intervals", "labels", "splits", "store"), "data=sequences"
         ),
@@ -36,11 +38,23 @@ VERBS = {
             "sequences=POOL.fa.gz labels=TASKS.tsv.gz columns.id=record_id where.task=Vertebrates",
         ),
     ),
+    "pretrain": Verb(
+        summary="Train a network without labels, on hidden or next bases, beside Markov models.",
+        config="genomics_pretrain",
+        function="pipelines.genomics.pretrain:pretrain",
+        path_keys=("sequences", "out", "store"),
+        examples=(
+            "sequences=GENOME.fa.gz val=chrIV out=runs/backbone",
+            "sequences=GENOMES.fa.gz model=small context=4096 soft_mask_weight=0.1 mask_span=3",
+            "sequences=GENOME.fa guess=causal kernel=1 "
+            "pattern.expression='SlidingWindow(radius=64) & Causal()'",
+        ),
+    ),
     "crossval": Verb(
         summary="Train and test every fold with every seed, compare the models, write a report.",
         config="genomics_crossval",
         function="pipelines.genomics.crossval:crossval",
-        path_keys=("sequences", "intervals", "labels", "splits", "out", "store", "data_root"),
+        path_keys=(*_TRAINING_PATHS, "data_root", "pretrained"),
         selects=dict.fromkeys(
             ("sequences", "intervals", "labels", "splits", "store"), "data=sequences"
         ),

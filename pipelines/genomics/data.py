@@ -114,6 +114,14 @@ class WindowDataset(Dataset[Example]):
         """Which epoch's augmentations are drawn."""
         return int(self._epoch)
 
+    def take(self, chosen: Bool[ndarray, "W"]) -> "WindowDataset":
+        """Keep some of the windows."""
+        self.records, self.starts = self.records[chosen], self.starts[chosen]
+        self.ends, self._flips = self.ends[chosen], None
+        if self.targets is not None:
+            self.targets = self.targets[chosen]
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Draw other augmentations from now on."""
         self._epoch.fill_(epoch)

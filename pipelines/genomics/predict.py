@@ -62,6 +62,11 @@ class _Run:
         self.config, self.out = config, Path(config["out"])
         checkpoint = Path(config["ckpt"])
         model = load_model(checkpoint, task=TASK)
+        if "classes" not in model.metadata:
+            raise InputError(
+                f"{checkpoint} guesses bases and knows no classes; train it further with "
+                f"pretrained={checkpoint}"
+            )
         if config["device"].startswith("cuda") and not torch.cuda.is_available():
             raise InputError("device=cuda: no GPU is found here; use device=cpu")
         self.model_digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()

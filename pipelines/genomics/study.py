@@ -19,6 +19,7 @@ from pipelines.genomics.convolution import BenchmarkCnn, majority_logits
 from pipelines.genomics.data import WindowDataset, average_windows
 from pipelines.genomics.leaks import FEW, Leaks
 from pipelines.genomics.model import TASK, DnaClassifier, require_even_lengths
+from pipelines.genomics.pretrain import load_body, read_pretrained
 from pipelines.genomics.tokenizers import Tokenizer, digest
 from pipelines.shared.calibration import choose_threshold
 from pipelines.shared.checkpoint import save_model
@@ -142,7 +143,12 @@ class Study:
             return BenchmarkCnn(self.longest, len(self.classes))
         alone = f"SlidingWindow(radius={self.config['window']})"
         changed = {"pattern": alone} if name == "window" else {}
-        return DnaClassifier(**{**self.architecture, **changed})
+        network = DnaClassifier(**{**self.architecture, **changed})
+        if name == MODEL and self.config["pretrained"]:
+            path = Path(self.config["pretrained"])
+            said = load_body(network, read_pretrained(path), freeze=self.config["freeze"])
+            print(f"note: sizes, pattern and weights of {path}: {said}")
+        return network
 
     def _windows(self, split: str, *, name: str = MODEL, augment: bool = False) -> WindowDataset:
         rows = self.rows[split]
@@ -284,7 +290,7 @@ class Study:
         }
 
     def _summary(self, results: dict[str, Result]) -> str:
-        titles = {MODEL: f"model ({self.config['pattern']['expression']})"} | BASELINES
+        titles = {MODEL: f"model ({self.architecture['pattern']})"} | BASELINES
         scores = {titles[name]: result.scores for name, result in results.items()}
         checkpoint, tested = self.out / "model.ckpt", len(self.rows["test"])
         lines = f"{tested:,} test records, 95 % intervals over records\n"

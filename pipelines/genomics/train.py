@@ -11,6 +11,7 @@ from pipelines.genomics.collection import Collection, collect
 from pipelines.genomics.ingest import require_input
 from pipelines.genomics.leaks import Leaks, find_leaks
 from pipelines.genomics.model import DnaClassifier
+from pipelines.genomics.pretrain import pretrained_sizes, read_pretrained
 from pipelines.genomics.splitting import assign, check_policy, describe, keep_apart
 from pipelines.genomics.study import BASELINES, Study
 from pipelines.genomics.synthetic import MotifPlan, write_dataset
@@ -52,6 +53,10 @@ def check_training(config: dict[str, Any]) -> FitSettings:
             f"task={config['task']['name']}: DNA is classified so far; use task=classification"
         )
     words = config["tokenizer"]["kind"] != "base"
+    if words and config["pretrained"]:
+        raise InputError("pretrained= knows bases: it needs tokenizer=base")
+    if config["freeze"] and not config["pretrained"]:
+        raise InputError("freeze=true leaves pretrained weights as they are: give pretrained=FILE")
     if words and config["stem_stride"] != 1:
         raise InputError("stem_stride makes tokens of bases; with another tokenizer it is 1")
     num_tokens = _MANY_TOKENS if words else NUM_TOKENS
@@ -73,8 +78,12 @@ def _architecture(
     config: Mapping[str, Any], *, num_classes: int, num_tokens: int
 ) -> dict[str, Any]:
     architecture = architecture_of(dict(config), num_classes=num_classes)
-    own = {"stem_stride": config["stem_stride"], "rc": config["rc"], "num_tokens": num_tokens}
-    return {**architecture, **own}
+    own = {key: config[key] for key in ("stem_stride", "kernel", "rc")}
+    architecture |= {**own, "num_tokens": num_tokens}
+    if config["pretrained"]:
+        model = read_pretrained(Path(config["pretrained"]))
+        architecture |= pretrained_sizes(model, config["rc"])
+    return architecture
 
 
 def with_built_in_records(config: dict[str, Any]) -> dict[str, Any]:

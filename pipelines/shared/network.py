@@ -133,14 +133,27 @@ class SequenceClassifier(nn.Module):
         """Encode tokens, pool them, and read the pooled vectors."""
         tokens = self._tokens(batch)
         lengths = tokens.lengths.to(x.device)
-        segment, place = self._places(tokens.coords, lengths)
-        joined = self._with_registers(x, place, lengths)
-        encoded = self.encoder(joined[None], self._layouts(tokens))[0]
+        encoded, segment, place = self._encode(x, tokens, lengths)
         pooled, attention = self.pool(encoded[place], segment, lengths.numel())
         if self.num_registers:
             registers = encoded[self._register_places(lengths)].mean(1)
             pooled = torch.cat([pooled, registers], 1) if self.apart else pooled + registers
         return NetworkOutput(self.head(pooled), self._by_input(attention, batch), pooled)
+
+    def encode(self, batch: PackedBatch) -> Float[Tensor, "N E"]:
+        """Turn inputs into what the encoder makes of their tokens, in their order."""
+        tokens = self._tokens(batch)
+        x = self.stem(batch.inputs, batch.lengths)
+        encoded, _, place = self._encode(x, tokens, tokens.lengths.to(x.device))
+        return encoded[place]
+
+    def _encode(
+        self, x: Float[Tensor, "N E"], tokens: PackedBatch, lengths: Int64[Tensor, " S"]
+    ) -> tuple[Float[Tensor, "N+S*R E"], Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+        """Encode tokens and registers; also each token's sequence, and its place among them."""
+        segment, place = self._places(tokens.coords, lengths)
+        joined = self._with_registers(x, place, lengths)
+        return self.encoder(joined[None], self._layouts(tokens))[0], segment, place
 
     def build_layouts(self, batch: PackedBatch) -> tuple[AnyLayout, ...]:
         """Build the layouts of a batch, registers included; none if no layer attends."""

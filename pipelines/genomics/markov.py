@@ -1,0 +1,83 @@
+"""Bits per base of order-k Markov models: what the last k bases alone tell of the next one."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from jaxtyping import Float, Int64, UInt8
+from numpy import ndarray
+
+from pipelines.genomics.alphabet import NUM_BASES, reverse_complement
+from pipelines.genomics.baseline import kmer_counts
+
+MAX_ORDER = 12
+_PSEUDOCOUNT = 0.5
+_STRETCH = 1 << 20
+
+
+class MarkovModel:
+    """The share of each base after each word of `order` bases, from counts.
+
+    A word's counts are smoothed towards what the model of the next lower order says, as much as
+    half a count per base; that of order -1 says a quarter. So a word that was never seen is read
+    without its first base (back-off, Witten and Bell 1991, in its simplest form).
+    """
+
+    def __init__(self, counts: list[Int64[ndarray, "W 4"]]) -> None:
+        said = np.full((1, NUM_BASES), 1 / NUM_BASES)
+        for table in counts:
+            lower = np.tile(said, (len(table) // len(said), 1))  # words by their last bases
+            weighted = table + _PSEUDOCOUNT * NUM_BASES * lower
+            said = weighted / weighted.sum(axis=1, keepdims=True)
+        self.order = len(counts) - 1
+        self.bits: Float[ndarray, "W 4"] = -np.log2(said)
+
+    def measure(self, tokens: UInt8[ndarray, "T"]) -> tuple[float, int]:
+        """Bits of the bases that have `order` bases before them, and how many they are."""
+        total, number = 0.0, 0
+        for start in range(0, max(tokens.size - self.order, 0), _STRETCH):
+            words = words_of(tokens[start : start + _STRETCH + self.order], self.order + 1)
+            total += float(self.bits.reshape(-1)[words].sum())
+            number += words.size
+        return total, number
+
+
+def count_words(
+    records: Iterable[UInt8[ndarray, "T"]], max_order: int, *, both_strands: bool
+) -> list[Int64[ndarray, "W 4"]]:
+    """Count each base after each word, for the orders 0 to `max_order`."""
+    counts = [np.zeros(NUM_BASES ** (order + 1), dtype=np.int64) for order in range(max_order + 1)]
+    for tokens in records:
+        for order, table in enumerate(counts):
+            table += kmer_words(tokens, order + 1, both_strands=both_strands)
+    return [table.reshape(-1, NUM_BASES) for table in counts]
+
+
+def kmer_words(
+    tokens: UInt8[ndarray, "T"], length: int, *, both_strands: bool
+) -> Int64[ndarray, "W"]:
+    """Count words of up to 13 bases; `kmer_counts` stops at 12."""
+    if length <= MAX_ORDER:
+        return kmer_counts(tokens, length, both_strands=both_strands)
+    counts = np.zeros(NUM_BASES**length, dtype=np.int64)
+    for strand in (tokens, reverse_complement(tokens))[: 1 + both_strands]:
+        for words in _stretches(strand, length):
+            found, times = np.unique(words, return_counts=True)
+            counts[found] += times
+    return counts
+
+
+def words_of(tokens: UInt8[ndarray, "T"], length: int) -> Int64[ndarray, "V"]:
+    """Number the words of `length` bases, but for those with N or another code."""
+    number = max(tokens.size - length + 1, 0)
+    bases = tokens - np.uint8(1)  # padding wraps to 255: ambiguous too
+    ambiguous = bases >= NUM_BASES
+    words = np.zeros(number, dtype=np.int64)
+    for offset in range(length):
+        words = words * NUM_BASES + bases[offset : offset + number]
+    seen = np.concatenate([[0], np.cumsum(ambiguous)])
+    return words[seen[length:] == seen[:-length]] if number else words
+
+
+def _stretches(tokens: UInt8[ndarray, "T"], length: int) -> Iterator[Int64[ndarray, "V"]]:
+    for start in range(0, max(tokens.size - length + 1, 0), _STRETCH):
+        yield words_of(tokens[start : start + _STRETCH + length - 1], length)
