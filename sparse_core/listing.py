@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_core.layout import BlockLayout, Lists
-from sparse_core.schedule import ITEM_TOKENS, Agenda, Launch, _ranges, _size_class
+from sparse_core.schedule import ITEM_TOKENS, Agenda, Launch, _size_class, part_ranges
 
 SHARE = 16
 """A column is split when it is longer than so many of the longest rows: pieces then hold at most
@@ -105,10 +105,11 @@ def _agenda(agenda: Agenda, lists: Lists, *, longest: int, limit: int) -> Agenda
         launches=(
             Launch(
                 items=items,
-                ranges=_ranges([lists], items),
+                ranges=part_ranges([lists], items),
                 splits=splits,
                 part_numbers=launch.part_numbers,
                 affine=(False,),
+                masked=False,
                 num_slots=2 * most_splits,
             ),
         ),

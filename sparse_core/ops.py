@@ -363,8 +363,8 @@ def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
         tensors.append(agenda.state_of)
         numbers += [len(agenda.launches), agenda.num_states, agenda.complete, agenda.fresh]
         for launch in agenda.launches:
-            tensors += [launch.items, launch.splits]
-            numbers += [launch.num_slots, len(launch.part_numbers)]
+            tensors += [launch.items, launch.ranges, launch.splits]
+            numbers += [launch.num_slots, launch.masked, len(launch.part_numbers)]
             numbers += [*launch.part_numbers, *launch.affine]
     numbers.append(SPACINGS.index(layout.schedule.spacing))
     return tensors, [int(n) for n in numbers]
@@ -399,11 +399,11 @@ def _unflatten_agenda(flat: Iterator[Tensor], rest: Iterator[int]) -> Agenda:
     num_launches, num_states, complete, fresh = (next(rest) for _ in range(4))
     launches = []
     for _ in range(num_launches):
-        items, splits = next(flat), next(flat)
-        num_slots, num_parts = next(rest), next(rest)
+        items, ranges, splits = next(flat), next(flat), next(flat)
+        num_slots, masked, num_parts = next(rest), bool(next(rest)), next(rest)
         part_numbers = tuple(next(rest) for _ in range(num_parts))
         affine = tuple(bool(next(rest)) for _ in range(num_parts))
-        launches.append(Launch(items, splits, part_numbers, affine, num_slots))
+        launches.append(Launch(items, ranges, splits, part_numbers, affine, masked, num_slots))
     return Agenda(tuple(launches), state_of, num_states, bool(complete), bool(fresh))
 
 

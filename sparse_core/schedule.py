@@ -6,7 +6,7 @@ much longer than the rest are cut into items of about equal size, whose pieces a
 order, so that results are the same in every run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,6 +22,9 @@ Side = Literal["queries", "keys"]
 Spacing = Literal["free", "segments", "tokens"]
 SPACINGS: tuple[Spacing, ...] = ("free", "segments", "tokens")
 
+WHOLE, UNTOUCHED = -1, -2
+"""Slots of items that are no pieces; of untouched ones no earlier launch left a state."""
+
 ITEM_TOKENS = 4096
 """An item walks over at least so many tokens of the other side before its block is split."""
 MAX_SPLIT_TOKENS = 2**15
@@ -33,16 +36,23 @@ class Launch:
     """One run of a kernel: the blocks of one side, in items.
 
     `items` are (block, first, last, slot): list entries `first` to `last - 1` of a block, counted
-    through the lists of all its parts. A piece of a split block goes to its slot; slot is -1 for a
-    whole block. `splits` are (block, first slot, number of pieces). Where groups differ in number,
-    the rest is filled with block -1. `affine` says of each part whether full blocks of any list
-    follow one another in memory.
+    through the lists of all its parts. A piece of a split block goes to its slot; that of a whole
+    block is WHOLE or UNTOUCHED. `splits` are (block, first slot, number of pieces). Where groups
+    differ in number, the rest is filled with block -1.
+
+    `ranges` says what items say part by part, so that a kernel need not read one number to find the
+    next: where in the part's list an item begins, up to where entries need a mask, where it ends,
+    and the blocks at the first and the second of these. `affine` says of each part whether full
+    blocks of any list follow one another in memory. `masked` says that most pairs of blocks need a
+    mask.
     """
 
     items: Int[Tensor, "G I 4"]
+    ranges: Int[Tensor, "G I S 5"]
     splits: Int[Tensor, "G K 3"]
     part_numbers: tuple[int, ...]
     affine: tuple[bool, ...]
+    masked: bool
     num_slots: int
 
 
@@ -137,6 +147,11 @@ def _agenda(parts: tuple["Part", ...], side: Side, num_tokens: int) -> Agenda:
     early = [getattr(parts[f[0]], side) for f in (families[:-1] if complete else families)]
     state_of, num_states = _state_places(early, num_tokens)
     fresh = bool(early) and early[0].num_tokens == num_states
+    if state_of.numel():
+        launches = tuple(
+            _mark_untouched(launch, getattr(parts[family[0]], side), state_of)
+            for launch, family in zip(launches, families, strict=True)
+        )
     return Agenda(launches, state_of, num_states, complete, fresh)
 
 
@@ -177,7 +192,11 @@ def _launch(parts: tuple["Part", ...], family: list[int], side: Side, num_tokens
     limit = _item_length(length, longest, own.size, max(b.size for b in others), num_tokens)
     items, splits, num_slots = _items(length, longest, limit)
     affine = tuple(_is_affine(x, b) for x, b in zip(lists, others, strict=True))
-    return Launch(items, splits, tuple(family), affine, num_slots)
+    partial = sum((x.full - x.ptr[:, :-1]).long().sum() for x in lists)
+    masked = bool(2 * partial > length.sum())
+    return Launch(
+        items, part_ranges(lists, items), splits, tuple(family), affine, masked, num_slots
+    )
 
 
 def _item_length(
@@ -216,7 +235,7 @@ def _items(
     piece = torch.arange(flat.numel(), device=device) - start[flat]
     first = piece * limit
     last = torch.minimum(first + limit, length.flatten()[flat])
-    slot = torch.where(split.flatten()[flat], first_slot.flatten()[flat] + piece, -1)
+    slot = torch.where(split.flatten()[flat], first_slot.flatten()[flat] + piece, WHOLE)
     group = flat // rows
     order = torch.sort(group * 64 - _size_class(last - first), stable=True).indices
     found = torch.stack([flat % rows, first, last, slot], 1)[order].to(torch.int32)
@@ -227,6 +246,31 @@ def _items(
     ).to(torch.int32)
     splits = _pad(pieces_of, split.sum(1))
     return items, splits, int(slots.sum(1).max())
+
+
+def part_ranges(lists: list["Lists"], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
+    """Cut each item's range out of the list of every part of its block."""
+    block, first, last = (items[..., n].long().clamp(min=0) for n in range(3))
+    found = []
+    for part in lists:
+        begin, end = part.ptr[:, :-1].gather(1, block), part.ptr[:, 1:].gather(1, block)
+        low, high = torch.minimum(begin + first, end), torch.minimum(begin + last, end)
+        middle = part.full.gather(1, block).clamp(min=low, max=high)
+        index = part.index if part.index.numel() else part.index.new_zeros(1)
+        at = torch.stack([low, middle], -1).clamp(max=index.numel() - 1)
+        found += [torch.stack([low, middle, high], -1), index[at.long()]]
+        first = (first - (end - begin)).clamp(min=0)
+        last = (last - (end - begin)).clamp(min=0)
+    return torch.cat(found, -1).unflatten(-1, (len(lists), 5)).to(torch.int32)
+
+
+def _mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) -> Launch:
+    """Say which whole blocks have no token with a place in the state."""
+    tokens, exists = blocks.tokens()
+    touched = ((state_of[tokens] >= 0) & exists).any(1)[launch.items[..., 0].long()]
+    slot = launch.items[..., 3]
+    slot = torch.where((slot == WHOLE) & ~touched, UNTOUCHED, slot)
+    return replace(launch, items=torch.cat([launch.items[..., :3], slot[..., None]], -1))
 
 
 def _size_class(length: Int[Tensor, "..."]) -> Int[Tensor, "..."]:

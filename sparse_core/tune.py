@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 
+from sparse_core.bench.cases import make_place
 from sparse_core.building import build_layout
 from sparse_core.layout import BlockLayout
 from sparse_core.ops import Precision
-from sparse_core.patterns import GlobalTokens, Pattern, RandomBlocks, SlidingWindow
+from sparse_core.patterns import GlobalTokens, Pattern, RandomBlocks, SlidingWindow, Strided
 from sparse_core.testing import (
     Engine,
     Inputs,
@@ -32,7 +33,7 @@ from sparse_core.testing import (
     reference_results,
 )
 
-SMALL = 640
+SMALL = 24 * 24
 """Tokens of the numeric check."""
 
 CASES: dict[str, tuple[Pattern, int]] = {
@@ -42,9 +43,14 @@ CASES: dict[str, tuple[Pattern, int]] = {
         SlidingWindow(96) | GlobalTokens(128) | RandomBlocks(3, block=64),
         65_536,
     ),
+    "listed/long": (Strided(8, block=128) | SlidingWindow(128), 65_536),
+    "masked/short": (SlidingWindow(12), 65_536),
     "small/short": (SlidingWindow(8), 65_536),
 }
-"""For each kind and length of lists a pattern that has it, and the tokens that it is timed at."""
+"""For each kind and length of lists a pattern that has it, and the tokens that it is timed at.
+
+Masked ones stand on a square grid.
+"""
 
 CLASSES: dict[str, tuple[torch.dtype, Precision]] = {
     "half": (torch.bfloat16, "ieee"),
@@ -143,15 +149,16 @@ def check(trial: Trial) -> str | None:
     torch.set_num_threads(1)
     dtype, precision = CLASSES[trial.dtype]
     pattern = CASES[trial.case][0]
-    block = 128 if trial.case != "small/short" else 32
-    layout = build_layout(pattern, SMALL, block_size=block)
+    block = {"small/short": 32, "masked/short": 64}.get(trial.case, 128)
+    where = _where(trial.case, SMALL)
+    layout = build_layout(pattern, where, block_size=block)
     host = make_inputs(SMALL, heads=2, head_dim=trial.head_dim, dtype=dtype)
     try:
         engine = Engine("triton", "cuda", precision)
         with _forcing(trial):
             found = engine.run(layout, host, plain=True)
         plain = _without_bias(found)
-        mask = pattern.mask(SMALL)
+        mask = pattern.mask(where)
         none = torch.zeros(SMALL, SMALL, dtype=torch.float64)
         exact = _without_bias(reference_results(_no_bias(host), mask, none))
         if precision == "tf32":
@@ -193,8 +200,8 @@ def _time(trial: Trial) -> float:
     from sparse_core.kernels import engine
 
     dtype, precision = CLASSES[trial.dtype]
-    pattern, tokens = CASES[trial.case]
-    layout = _layout(pattern, tokens if trial.dtype == "half" else tokens // 8)
+    tokens = CASES[trial.case][1]
+    layout = _layout(trial.case, tokens if trial.dtype == "half" else tokens // 4)
     heads = max(1, 768 // trial.head_dim)
     shape = (1, layout.num_queries, heads, trial.head_dim)
     q, k, v, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4))
@@ -215,13 +222,14 @@ def _time(trial: Trial) -> float:
         return _median(call.by_queries if trial.kernel == "query" else call.by_keys)
 
 
-_LAYOUTS: dict[tuple[Pattern, int], BlockLayout] = {}
+@cache
+def _layout(case: str, tokens: int) -> BlockLayout:
+    return build_layout(CASES[case][0], _where(case, tokens), device="cuda")
 
 
-def _layout(pattern: Pattern, tokens: int) -> BlockLayout:
-    if (pattern, tokens) not in _LAYOUTS:
-        _LAYOUTS[pattern, tokens] = build_layout(pattern, tokens, device="cuda")
-    return _LAYOUTS[pattern, tokens]
+def _where(case: str, tokens: int) -> Tensor | int:
+    """Coordinates along a Hilbert curve where the case wants a grid."""
+    return make_place("grid", tokens).coords if case.startswith("masked") else tokens
 
 
 def _median(run: Callable[[], object], repeats: int = 9, inner: int = 3) -> float:

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -96,6 +97,8 @@ def _prepare_flex(name: str, problem: Problem) -> Call:
     )
     mask = build()
     mode = "max-autotune-no-cudagraphs" if name == FLEX_AUTOTUNED else None
+    # a backward pass that gives its buffers away can be timed only once
+    functorch_config.donated_buffer = False
     attend = partial(
         torch.compile(flex_attention, mode=mode),
         block_mask=mask,

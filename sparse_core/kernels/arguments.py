@@ -10,8 +10,11 @@ from sparse_core.layout import BlockLayout, Lists, Part
 from sparse_core.masking import CONGRUENT, INTERVAL, Program, decode
 from sparse_core.schedule import Launch, Side
 
+Clauses = tuple[tuple[tuple[int, int, int, bool], ...], ...]
 MIN_TILE = 16
 """The fewest rows that a dot takes."""
+NEAR = 2**29
+"""Differences of places may reach this far; sums of two then fit int32."""
 
 
 class Own(NamedTuple):
@@ -44,7 +47,8 @@ class Other(NamedTuple):
 class Meta(NamedTuple):
     """What of a part is compiled into a kernel; see the functions of `tiles`.
 
-    A clause is a tuple of terms (code, axis, place of the first of its numbers).
+    A clause is a tuple of terms (code, axis, place of the first of its numbers, whether those are
+    within 2**30).
     """
 
     small: int
@@ -53,11 +57,12 @@ class Meta(NamedTuple):
     indexed: bool
     wide: bool
     natural: bool
+    relative: bool
     regular: bool
     affine: bool
     bits: bool
     num_own: int
-    clauses: tuple[tuple[tuple[int, int, int], ...], ...]
+    clauses: Clauses
 
 
 def own_blocks(layout: BlockLayout, launch: Launch, side: Side) -> Blocks:
@@ -82,8 +87,10 @@ def other_side(
     for number, affine in zip(launch.part_numbers, launch.affine, strict=True):
         part = layout.parts[number]
         others.append(_other(part, side))
-        clauses, values = _clauses(part.program)
+        natural = _is_natural(layout, part.program)
         blocks = part.keys if side == "queries" else part.queries
+        relative = natural and not blocks.order.numel() and _is_relative(layout, part.program)
+        clauses, values = _clauses(part.program, NEAR if relative else None)
         numbers.append(values)
         metas.append(
             Meta(
@@ -92,7 +99,8 @@ def other_side(
                 ragged=blocks.size % tile != 0,
                 indexed=blocks.order.numel() > 0,
                 wide=_is_wide(blocks, tile, token_elements),
-                natural=_is_natural(layout, part.program),
+                natural=natural,
+                relative=relative,
                 regular=blocks.regular,
                 affine=affine,
                 bits=not part.program,
@@ -113,9 +121,18 @@ def _is_natural(layout: BlockLayout, program: Program) -> bool:
     """Whether token numbers may stand for coordinates in a part's terms."""
     if layout.schedule.spacing == "tokens":
         return True
+    return layout.schedule.spacing == "segments" and not _has_residues(program)
+
+
+def _is_relative(layout: BlockLayout, program: Program) -> bool:
+    """Whether a part's terms ask for differences of natural coordinates only."""
+    few = max(layout.num_queries, layout.num_keys) < NEAR
+    return few and bool(program) and not _has_residues(program)
+
+
+def _has_residues(program: Program) -> bool:
     own, earlier = decode(program) if program else ([], [])
-    residues = any(term[0] == CONGRUENT for clause in own + earlier for term in clause)
-    return layout.schedule.spacing == "segments" and not residues
+    return any(term[0] == CONGRUENT for clause in own + earlier for term in clause)
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -141,10 +158,11 @@ def _other(part: Part, side: Side) -> Other:
     )  # fmt: skip
 
 
-def _clauses(
-    program: Program,
-) -> tuple[tuple[tuple[tuple[int, int, int], ...], ...], tuple[int, ...]]:
-    """Part a program into its form, which is compiled, and its numbers, which are not."""
+def _clauses(program: Program, limit: int | None) -> tuple[Clauses, tuple[int, ...]]:
+    """Part a program into its form, which is compiled, and its numbers, which are not.
+
+    Intervals are cut to -limit to limit if there is one.
+    """
     if not program:
         return (), (0,)
     own, earlier = decode(program)
@@ -153,7 +171,10 @@ def _clauses(
     for clause in own + earlier:
         terms = []
         for code, a, b, c in clause:
-            terms.append((code, a if code in (INTERVAL, CONGRUENT) else 0, len(values)))
+            if code == INTERVAL and limit is not None:
+                b, c = max(b, -limit), min(c, limit)
+            bounded = code == INTERVAL and b >= -(2**30) and c <= 2**30
+            terms.append((code, a if code in (INTERVAL, CONGRUENT) else 0, len(values), bounded))
             values += [b, c] if code in (INTERVAL, CONGRUENT) else [a]
         clauses.append(tuple(terms))
     return tuple(clauses), tuple(values) or (0,)

@@ -10,20 +10,22 @@ import triton
 import triton.language as tl
 
 from sparse_core.kernels.tiles import (
+    GO_ON,
     LOG2_E,
     affine,
     distance,
-    entry_range,
-    kept_pairs,
+    guarded,
+    keep_pairs,
     load_coords,
     load_rows,
+    next_block,
     num_tiles,
     other_axes,
     other_tokens,
     own_axes,
     own_tokens,
+    part_range,
     ragged,
-    run_start,
     store_rows,
     wide,
 )
@@ -55,6 +57,7 @@ def query_steps(
     own_inner,
     first,
     last,
+    block,
     stride_k,
     stride_v,
     scale_log2,
@@ -71,47 +74,48 @@ def query_steps(
     """Add what the list entries first to last - 1 of one part give to dQ."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
+    GUARD: tl.constexpr = CHECK and guarded(META, S)
     WIDE: tl.constexpr = wide(META, S)
-    own_coords = own_axes(own_coords, my_tokens, META, S)
-    start = run_start(part, META, S, first, last)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
-        origin, lanes, exists, entry, inner = other_tokens(
-            part, num_others, META, S, first, last, start, tile, AFFINE, BLOCK
+        origin, rows, lanes, exists, end, entry, inner = other_tokens(
+            part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
         )
-        tokens = origin + lanes
-        k1 = load_rows(k, origin, lanes, stride_k, exists, D, 0, D1, CHECK, WIDE)
-        v1 = load_rows(v, origin, lanes, stride_v, exists, D, 0, D1, CHECK, WIDE)
+        if not AFFINE:
+            block = next_block(part, META, S, first, last, tile + 1, BLOCK)
+        tokens = origin + rows
+        k1 = load_rows(k, origin, rows, stride_k, exists, D, 0, D1, GUARD, WIDE)
+        v1 = load_rows(v, origin, rows, stride_v, exists, D, 0, D1, GUARD, WIDE)
         scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         slopes = tl.dot(do1, tl.trans(v1), input_precision=PRECISION)
         k2 = k1
         if D2 > 0:
-            k2 = load_rows(k, origin, lanes, stride_k, exists, D, D1, D2, CHECK, WIDE)
-            v2 = load_rows(v, origin, lanes, stride_v, exists, D, D1, D2, CHECK, WIDE)
+            k2 = load_rows(k, origin, rows, stride_k, exists, D, D1, D2, GUARD, WIDE)
+            v2 = load_rows(v, origin, rows, stride_v, exists, D, D1, D2, GUARD, WIDE)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
             slopes = tl.dot(do2, tl.trans(v2), slopes, input_precision=PRECISION)
         scale = scale_log2
         if key_bias is not None or slope is not None:
             scores = scores * scale_log2
             scale = 1.0
-        other_coords = other_axes(key_coords, tokens, exists, META, S, P)
+        my_coords = own_axes(own_coords, my_tokens, origin, META, S)
+        other_coords = other_axes(key_coords, tokens, lanes, exists, META, S, P)
         if key_bias is not None:
             bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
             scores += (bias * LOG2_E)[None, :]
         if slope is not None:
-            scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
+            scores -= (slope * LOG2_E) * distance(my_coords, other_coords, P)
         weights = tl.math.exp2(scores * scale - row_shift[:, None])
         if MASKED:
             other_flags = tl.load(key_flags + tokens, mask=exists, other=0)
-            kept = kept_pairs(
-                part, numbers, META, S, own_coords, other_coords, own_flags, other_flags,
-                own_inner, exists, entry, inner, True,
+            weights = keep_pairs(
+                weights, part, numbers, META, S, my_coords, other_coords, own_flags, other_flags,
+                own_inner, exists, end, entry, inner, True, 0.0,
             )  # fmt: skip
-            weights = tl.where(kept, weights, 0.0)
         elif CHECK:
             weights = tl.where(exists[None, :], weights, 0.0)
         slopes = weights * (slopes - delta[:, None])
         if slope is not None:
-            by_distance += tl.sum(slopes * distance(own_coords, other_coords, P), 1)
+            by_distance += tl.sum(slopes * distance(my_coords, other_coords, P), 1)
         slopes = slopes.to(k1.dtype)
         dq1 = tl.dot(slopes, k1, dq1, input_precision=PRECISION)
         if D2 > 0:
@@ -121,8 +125,8 @@ def query_steps(
 
 @triton.jit(
     do_not_specialize=[
-        "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "num_blocks",
-        "own_tiles", "shared",
+        "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "own_tiles",
+        "shared",
     ]
 )  # fmt: skip
 def query_kernel(
@@ -142,6 +146,7 @@ def query_kernel(
     state_of,
     partial,
     items,
+    ranges,
     group_of,
     own,
     parts,
@@ -157,7 +162,6 @@ def query_kernel(
     num_items,
     num_states,
     num_slots,
-    num_blocks,
     own_tiles,
     shared,
     stride_qb: tl.int64,
@@ -184,9 +188,12 @@ def query_kernel(
     P: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
+    ALIKE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute dQ of one tile of queries over one work item, and its share of the slopes'."""
+    if ALIKE:
+        stride_vt = stride_kt
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(1)
     kv_head = head // shared
@@ -196,7 +203,7 @@ def query_kernel(
         group = tl.load(group_of + sample * (num_heads // shared) + kv_head)
     item += group * num_items
     block = tl.load(items + item * 4)
-    first, last = tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
+    first = tl.load(items + item * 4 + 1)
     slot = tl.load(items + item * 4 + 3)
     if block < 0:
         return
@@ -245,21 +252,18 @@ def query_kernel(
     own_coords = load_coords(query_coords, tokens, exists, P)
     own_flags = tl.load(query_flags + tokens, mask=exists, other=0)
     by_distance = tl.zeros((BLOCK_OWN,), tl.float32)
-    passed = 0
     for s in tl.static_range(NUM_PARTS):
-        begin, middle, end, passed = entry_range(
-            parts[s], group, block, first, last, passed, num_blocks
-        )
+        begin, middle, end, partial_block, full_block = part_range(ranges, item, s, NUM_PARTS)
         dq1, dq2, by_distance = query_steps(
             dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, key_bias, slope,
             parts[s], num_keys, numbers[s], key_coords, key_flags, tokens, own_coords, own_flags,
-            own_inner, begin, middle, stride_kt, stride_vt, scale_log2,
+            own_inner, begin, middle, partial_block, stride_kt, stride_vt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
         dq1, dq2, by_distance = query_steps(
-            dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, key_bias, slope,
-            parts[s], num_keys, numbers[s], key_coords, key_flags, tokens, own_coords, own_flags,
-            own_inner, middle, end, stride_kt, stride_vt, scale_log2,
+            dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, key_bias,
+            slope, parts[s], num_keys, numbers[s], key_coords, key_flags, tokens, own_coords,
+            own_flags, own_inner, middle, end, full_block, stride_kt, stride_vt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
     if slope is not None:
@@ -272,9 +276,10 @@ def query_kernel(
             store_rows(partial, own_inner, D, exists, dq2, D, D1, D2)
         return
     if PRIOR:
-        dq1 += load_rows(state + states, 0, places, D, known, D, 0, D1, True)
-        if D2 > 0:
-            dq2 += load_rows(state + states, 0, places, D, known, D, D1, D2, True)
+        if slot == GO_ON:
+            dq1 += load_rows(state + states, 0, places, D, known, D, 0, D1, True)
+            if D2 > 0:
+                dq2 += load_rows(state + states, 0, places, D, known, D, D1, D2, True)
     if FINAL:
         grad_q += (sample * num_queries * num_heads + head) * D
         store_rows(grad_q, tokens, num_heads * D, exists, dq1, D, 0, D1)
@@ -313,6 +318,7 @@ def key_steps(
     own_inner,
     first,
     last,
+    block,
     stride_q,
     stride_g,
     scale_log2,
@@ -329,47 +335,49 @@ def key_steps(
     """Add what the list entries first to last - 1 of one part give to dK and dV."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
+    GUARD: tl.constexpr = CHECK and guarded(META, S)
     WIDE: tl.constexpr = wide(META, S)
-    own_coords = own_axes(own_coords, my_tokens, META, S)
-    start = run_start(part, META, S, first, last)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
-        origin, lanes, exists, entry, inner = other_tokens(
-            part, num_others, META, S, first, last, start, tile, AFFINE, BLOCK
+        origin, rows, lanes, exists, end, entry, inner = other_tokens(
+            part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
         )
-        tokens = origin + lanes
-        q1 = load_rows(q, origin, lanes, stride_q, exists, D, 0, D1, CHECK, WIDE)
-        do1 = load_rows(grad_out, origin, lanes, stride_g, exists, D, 0, D1, CHECK, WIDE)
+        if not AFFINE:
+            block = next_block(part, META, S, first, last, tile + 1, BLOCK)
+        tokens = origin + rows
+        q1 = load_rows(q, origin, rows, stride_q, exists, D, 0, D1, GUARD, WIDE)
+        do1 = load_rows(grad_out, origin, rows, stride_g, exists, D, 0, D1, GUARD, WIDE)
         scores = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
         slopes = tl.dot(v1, tl.trans(do1), input_precision=PRECISION)
         q2, do2 = q1, do1
         if D2 > 0:
-            q2 = load_rows(q, origin, lanes, stride_q, exists, D, D1, D2, CHECK, WIDE)
-            do2 = load_rows(grad_out, origin, lanes, stride_g, exists, D, D1, D2, CHECK, WIDE)
+            q2 = load_rows(q, origin, rows, stride_q, exists, D, D1, D2, GUARD, WIDE)
+            do2 = load_rows(grad_out, origin, rows, stride_g, exists, D, D1, D2, GUARD, WIDE)
             scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
             slopes = tl.dot(v2, tl.trans(do2), slopes, input_precision=PRECISION)
         scale = scale_log2
         if own_bias is not None or slope is not None:
             scores = scores * scale_log2
             scale = 1.0
-        other_coords = other_axes(query_coords, tokens, exists, META, S, P)
+        my_coords = own_axes(own_coords, my_tokens, origin, META, S)
+        other_coords = other_axes(query_coords, tokens, lanes, exists, META, S, P)
         if own_bias is not None:
             scores += own_bias[:, None]
         if slope is not None:
-            scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
+            scores -= (slope * LOG2_E) * distance(my_coords, other_coords, P)
         pairs = row_terms + (tokens[:, None] * 2 + tl.arange(0, 2)[None, :])
-        if CHECK:
+        if GUARD:
             row_shift, row_delta = tl.split(tl.load(pairs, mask=exists[:, None], other=0.0))
-            row_shift = tl.where(exists, row_shift, float("inf"))
         else:
             row_shift, row_delta = tl.split(tl.load(pairs))
+        if CHECK and not MASKED:
+            row_shift = tl.where(exists, row_shift, float("inf"))
         weights = tl.math.exp2(scores * scale - row_shift[None, :])
         if MASKED:
             other_flags = tl.load(query_flags + tokens, mask=exists, other=0)
-            kept = kept_pairs(
-                part, numbers, META, S, own_coords, other_coords, own_flags, other_flags,
-                own_inner, exists, entry, inner, False,
+            weights = keep_pairs(
+                weights, part, numbers, META, S, my_coords, other_coords, own_flags, other_flags,
+                own_inner, exists, end, entry, inner, False, 0.0,
             )  # fmt: skip
-            weights = tl.where(kept, weights, 0.0)
         slopes = weights * (slopes - row_delta[None, :])
         if own_bias is not None:
             dbias += tl.sum(slopes, 1)
@@ -384,8 +392,8 @@ def key_steps(
 
 @triton.jit(
     do_not_specialize=[
-        "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "num_blocks",
-        "own_tiles", "shared",
+        "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "own_tiles",
+        "shared",
     ]
 )  # fmt: skip
 def key_kernel(
@@ -407,6 +415,7 @@ def key_kernel(
     partial_v,
     partial_bias,
     items,
+    ranges,
     group_of,
     own,
     parts,
@@ -422,7 +431,6 @@ def key_kernel(
     num_items,
     num_states,
     num_slots,
-    num_blocks,
     own_tiles,
     shared,
     stride_qb: tl.int64,
@@ -449,12 +457,15 @@ def key_kernel(
     P: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
+    ALIKE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Compute one query head's dK, dV and key-bias gradient of one tile of keys.
 
     `grad_k` and `grad_v` are [B, Tk, H, D], one for each query head.
     """
+    if ALIKE:
+        stride_gt = stride_qt
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(1)
     kv_head = head // shared
@@ -464,7 +475,6 @@ def key_kernel(
         group = tl.load(group_of + sample * (num_heads // shared) + kv_head)
     item += group * num_items
     block = tl.load(items + item * 4)
-    first, last = tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
     slot = tl.load(items + item * 4 + 3)
     if block < 0:
         return
@@ -502,17 +512,14 @@ def key_kernel(
     own_coords = load_coords(key_coords, tokens, exists, P)
     own_flags = tl.load(key_flags + tokens, mask=exists, other=0)
     dbias = tl.zeros((BLOCK_OWN,), tl.float32)
-    passed = 0
     for s in tl.static_range(NUM_PARTS):
-        begin, middle, end, passed = entry_range(
-            parts[s], group, block, first, last, passed, num_blocks
-        )
+        begin, middle, end, partial_block, full_block = part_range(ranges, item, s, NUM_PARTS)
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
             row_terms + line * num_queries * 2, slope, parts[s],
             num_queries, numbers[s],
             query_coords, query_flags, tokens, own_coords, own_flags,
-            own_inner, begin, middle,
+            own_inner, begin, middle, partial_block,
             stride_qt, stride_gt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
@@ -521,7 +528,7 @@ def key_kernel(
             row_terms + line * num_queries * 2, slope, parts[s],
             num_queries, numbers[s],
             query_coords, query_flags, tokens, own_coords, own_flags,
-            own_inner, middle, end,
+            own_inner, middle, end, full_block,
             stride_qt, stride_gt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
@@ -538,13 +545,14 @@ def key_kernel(
         return
     states = line * num_states
     if PRIOR:
-        dk1 += load_rows(state_k + states * D, 0, places, D, known, D, 0, D1, True)
-        dv1 += load_rows(state_v + states * D, 0, places, D, known, D, 0, D1, True)
-        if D2 > 0:
-            dk2 += load_rows(state_k + states * D, 0, places, D, known, D, D1, D2, True)
-            dv2 += load_rows(state_v + states * D, 0, places, D, known, D, D1, D2, True)
-        if own_bias is not None:
-            dbias += tl.load(state_bias + states + places, mask=known, other=0.0)
+        if slot == GO_ON:
+            dk1 += load_rows(state_k + states * D, 0, places, D, known, D, 0, D1, True)
+            dv1 += load_rows(state_v + states * D, 0, places, D, known, D, 0, D1, True)
+            if D2 > 0:
+                dk2 += load_rows(state_k + states * D, 0, places, D, known, D, D1, D2, True)
+                dv2 += load_rows(state_v + states * D, 0, places, D, known, D, D1, D2, True)
+            if own_bias is not None:
+                dbias += tl.load(state_bias + states + places, mask=known, other=0.0)
     if FINAL:
         lines = (sample * num_keys * num_heads + head) * D
         store_rows(grad_k + lines, tokens, num_heads * D, exists, dk1, D, 0, D1)

@@ -38,7 +38,7 @@ def forward(
     lse = _numbers(q, q.shape[1])
     agenda = layout.schedule.queries
     state = _state(q, agenda, -torch.inf)
-    ready = steps("forward", layout, q, k, token_elements=_apart(k, v), precision=precision)
+    ready = steps("forward", layout, q, k, others=(k, v), precision=precision)
     for step in ready:
         pieces = _Scratch.empty(q, step.num_slots * step.own.size)
         forward_kernel[step.grid(q)](
@@ -121,7 +121,7 @@ class Backward:
         state = _state(q, agenda, 0.0)
         ready = steps(
             "query", self.layout, q, self.k,
-            token_elements=_apart(self.k, self.v), precision=self.precision,
+            others=(self.k, self.v), precision=self.precision,
         )  # fmt: skip
         for step in ready:
             pieces = _Scratch.empty(q, step.num_slots * step.own.size)
@@ -154,7 +154,7 @@ class Backward:
         state_k, state_v = _state(q, agenda, 0.0), _state(q, agenda, 0.0)
         ready = steps(
             "key", self.layout, q, k,
-            token_elements=_apart(q, self.grad_out), precision=self.precision,
+            others=(q, self.grad_out), precision=self.precision,
         )  # fmt: skip
         for step in ready:
             room = step.num_slots * step.own.size
@@ -260,11 +260,6 @@ def _numbers(q: Tensor, tokens: int) -> Float[Tensor, "B H N"]:
 def _with_channels_inside(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Copy tensors whose channels are not next to one another."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
-def _apart(*tensors: Tensor) -> int:
-    """How many elements lie between tokens, at most."""
-    return max(x.stride(1) for x in tensors)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -4,21 +4,23 @@ import triton
 import triton.language as tl
 
 from sparse_core.kernels.tiles import (
+    GO_ON,
     LN_2,
     LOG2_E,
     affine,
     distance,
-    entry_range,
-    kept_pairs,
+    guarded,
+    keep_pairs,
     load_coords,
     load_rows,
+    next_block,
     num_tiles,
     other_axes,
     other_tokens,
     own_axes,
     own_tokens,
+    part_range,
     ragged,
-    run_start,
     store_rows,
     wide,
 )
@@ -63,6 +65,7 @@ def attend(
     own_inner,
     first,
     last,
+    block,
     stride_k,
     stride_v,
     scale_log2,
@@ -79,54 +82,55 @@ def attend(
     """Take the list entries first to last - 1 of one part into the running softmax."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
+    GUARD: tl.constexpr = CHECK and guarded(META, S)
     WIDE: tl.constexpr = wide(META, S)
-    own_coords = own_axes(own_coords, my_tokens, META, S)
-    start = run_start(part, META, S, first, last)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
-        origin, lanes, exists, entry, inner = other_tokens(
-            part, num_others, META, S, first, last, start, tile, AFFINE, BLOCK
+        origin, rows, lanes, exists, end, entry, inner = other_tokens(
+            part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
         )
-        tokens = origin + lanes
-        k1 = load_rows(k, origin, lanes, stride_k, exists, D, 0, D1, CHECK, WIDE)
+        if not AFFINE:
+            block = next_block(part, META, S, first, last, tile + 1, BLOCK)
+        tokens = origin + rows
+        k1 = load_rows(k, origin, rows, stride_k, exists, D, 0, D1, GUARD, WIDE)
         scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         if D2 > 0:
-            k2 = load_rows(k, origin, lanes, stride_k, exists, D, D1, D2, CHECK, WIDE)
+            k2 = load_rows(k, origin, rows, stride_k, exists, D, D1, D2, GUARD, WIDE)
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
         scale = scale_log2
         if key_bias is not None or slope is not None:
             scores = scores * scale_log2
             scale = 1.0
-        other_coords = other_axes(key_coords, tokens, exists, META, S, P)
+        my_coords = own_axes(own_coords, my_tokens, origin, META, S)
+        other_coords = other_axes(key_coords, tokens, lanes, exists, META, S, P)
         if key_bias is not None:
             bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
             scores += (bias * LOG2_E)[None, :]
         if slope is not None:
-            scores -= (slope * LOG2_E) * distance(own_coords, other_coords, P)
+            scores -= (slope * LOG2_E) * distance(my_coords, other_coords, P)
         if MASKED:
             other_flags = tl.load(key_flags + tokens, mask=exists, other=0)
-            kept = kept_pairs(
-                part, numbers, META, S, own_coords, other_coords, own_flags, other_flags,
-                own_inner, exists, entry, inner, True,
+            scores = keep_pairs(
+                scores, part, numbers, META, S, my_coords, other_coords, own_flags, other_flags,
+                own_inner, exists, end, entry, inner, True, -float("inf"),
             )  # fmt: skip
-            scores = tl.where(kept, scores, -float("inf"))
         elif CHECK:
             scores = tl.where(exists[None, :], scores, -float("inf"))
         weights, largest, total, share = softmax_step(
             scores, scale, largest, total, CHECK or key_bias is not None
         )
-        v1 = load_rows(v, origin, lanes, stride_v, exists, D, 0, D1, CHECK, WIDE)
+        v1 = load_rows(v, origin, rows, stride_v, exists, D, 0, D1, GUARD, WIDE)
         weights = weights.to(v1.dtype)
         acc1 = tl.dot(weights, v1, acc1 * share[:, None], input_precision=PRECISION)
         if D2 > 0:
-            v2 = load_rows(v, origin, lanes, stride_v, exists, D, D1, D2, CHECK, WIDE)
+            v2 = load_rows(v, origin, rows, stride_v, exists, D, D1, D2, GUARD, WIDE)
             acc2 = tl.dot(weights, v2, acc2 * share[:, None], input_precision=PRECISION)
     return acc1, acc2, largest, total
 
 
 @triton.jit(
     do_not_specialize=[
-        "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "num_blocks",
-        "own_tiles", "shared",
+        "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "own_tiles",
+        "shared",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -143,6 +147,7 @@ def forward_kernel(
     partial,
     partial_lse,
     items,
+    ranges,
     group_of,
     own,
     parts,
@@ -157,7 +162,6 @@ def forward_kernel(
     num_items,
     num_states,
     num_slots,
-    num_blocks,
     own_tiles,
     shared,
     stride_qb: tl.int64,
@@ -181,6 +185,7 @@ def forward_kernel(
     P: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
+    ALIKE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attend from one tile of queries to the keys of one work item.
@@ -188,6 +193,8 @@ def forward_kernel(
     With `PRIOR` the softmax goes on from the state that earlier launches left of these queries.
     A whole row ends in `out` and `lse` (`FINAL`) or in the state; a piece in `partial`.
     """
+    if ALIKE:
+        stride_vt = stride_kt
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(1)
     kv_head = head // shared
@@ -197,7 +204,6 @@ def forward_kernel(
         group = tl.load(group_of + sample * (num_heads // shared) + kv_head)
     item += group * num_items
     block = tl.load(items + item * 4)
-    first, last = tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2)
     slot = tl.load(items + item * 4 + 3)
     if block < 0:
         return
@@ -229,25 +235,22 @@ def forward_kernel(
             places = tl.load(state_of + tokens, mask=exists, other=-1)
             known = places >= 0
     if PRIOR:
-        known_here = known & (slot + tl.zeros_like(places) < 0)
-        largest = tl.load(state_lse + states + places, mask=known_here, other=-float("inf"))
-        total = tl.where(largest > -float("inf"), 1.0, 0.0)
-        largest = largest * LOG2_E
-        acc1 = load_rows(state + states * D, 0, places, D, known_here, D, 0, D1, True)
-        if D2 > 0:
-            acc2 = load_rows(state + states * D, 0, places, D, known_here, D, D1, D2, True)
+        if slot == GO_ON:
+            largest = tl.load(state_lse + states + places, mask=known, other=-float("inf"))
+            total = tl.where(largest > -float("inf"), 1.0, 0.0)
+            largest = largest * LOG2_E
+            acc1 = load_rows(state + states * D, 0, places, D, known, D, 0, D1, True)
+            if D2 > 0:
+                acc2 = load_rows(state + states * D, 0, places, D, known, D, D1, D2, True)
     own_coords = load_coords(query_coords, tokens, exists, P)
     own_flags = tl.load(query_flags + tokens, mask=exists, other=0)
-    passed = 0
     for s in tl.static_range(NUM_PARTS):
-        begin, middle, end, passed = entry_range(
-            parts[s], group, block, first, last, passed, num_blocks
-        )
+        begin, middle, end, partial_block, full_block = part_range(ranges, item, s, NUM_PARTS)
         acc1, acc2, largest, total = attend(
             acc1, acc2, largest, total, q1, q2, k, v, key_bias, slope, parts[s],
             num_keys, numbers[s],
             key_coords, key_flags, tokens, own_coords, own_flags,
-            own_inner, begin, middle,
+            own_inner, begin, middle, partial_block,
             stride_kt, stride_vt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
@@ -255,7 +258,7 @@ def forward_kernel(
             acc1, acc2, largest, total, q1, q2, k, v, key_bias, slope, parts[s],
             num_keys, numbers[s],
             key_coords, key_flags, tokens, own_coords, own_flags,
-            own_inner, middle, end,
+            own_inner, middle, end, full_block,
             stride_kt, stride_vt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip

@@ -53,18 +53,20 @@ def steps(
     q: Tensor,
     k: Tensor,
     *,
-    token_elements: int,
+    others: tuple[Tensor, Tensor],
     precision: str,
 ) -> tuple[Step, ...]:
     """Make the launches of a kernel ready, or find them as they were for such inputs before.
 
-    `token_elements` is how far apart, at most, tokens of the other side lie in memory.
+    `others` are the tensors of the other side that the kernel walks over.
     """
+    strides = others[0].stride(1), others[1].stride(1)
+    token_elements, alike = max(strides), strides[0] == strides[1]
     known = layout.__dict__.setdefault("_steps", {})
-    inputs = (q.dtype, q.device, q.shape[2:], k.shape[2], token_elements, precision)
+    inputs = (q.dtype, q.device, q.shape[2:], k.shape[2], token_elements, alike, precision)
     key = (kernel, inputs, tuning.state())
     if key not in known:
-        known[key] = _make(kernel, layout, q, k, token_elements, precision)
+        known[key] = _make(kernel, layout, q, k, token_elements, alike, precision)
     found: tuple[Step, ...] = known[key]
     return found
 
@@ -75,6 +77,7 @@ def _make(
     q: Tensor,
     k: Tensor,
     token_elements: int,
+    alike: bool,
     precision: str,
 ) -> tuple[Step, ...]:
     side = tuning.SIDE_OF[kernel]
@@ -94,6 +97,7 @@ def _make(
         own_tiles = -(-own.size // tile)
         constants = _constants(blocks, q, config, tile) | {
             "META": meta,
+            "ALIKE": alike,
             "NUM_PARTS": len(parts),
             "P": layout.query_coords.shape[1],
             "FINAL": final,
@@ -114,6 +118,7 @@ def _make(
                 splits=launch.splits,
                 description=(
                     launch.items,
+                    launch.ranges,
                     group_of,
                     own,
                     parts,
@@ -129,7 +134,6 @@ def _make(
                     launch.items.shape[1],
                     agenda.num_states,
                     launch.num_slots,
-                    len(own.start),
                     own_tiles,
                     q.shape[2] // k.shape[2],
                 ),

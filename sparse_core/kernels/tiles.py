@@ -9,11 +9,20 @@ as `META`, a nested tuple of constants that `sparse_core.kernels.arguments` writ
 import triton
 import triton.language as tl
 
+from sparse_core.kernels import INTERPRETED
+from sparse_core.schedule import WHOLE
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 INTERVAL, CONGRUENT, QUERY_FLAG, KEY_FLAG = range(4)
 """The codes of sparse_core.masking; a test holds them equal."""
+GO_ON = tl.constexpr(WHOLE)
+"""Slot of an item of which an earlier launch may have left a state."""
+FAR = tl.constexpr(2**31 - 1)
+"""Coordinate of what is no token: more than 2**30 from any other, even where differences wrap."""
+BEYOND = tl.constexpr(2**30)
+"""More than any place relative to a tile."""
 
 
 @triton.constexpr_function
@@ -41,6 +50,12 @@ def indexed(meta, s):
 
 
 @triton.constexpr_function
+def guarded(meta, s):
+    """Whether what lies at the address of a token that does not exist may not be read."""
+    return meta[s].indexed or meta[s].small > 0
+
+
+@triton.constexpr_function
 def affine(meta, s):
     """Whether the full blocks of a row follow one another, so that addresses are arithmetic."""
     return meta[s].affine
@@ -56,6 +71,12 @@ def wide(meta, s):
 def natural(meta, s):
     """Whether tokens' numbers differ as their coordinates do, so that none need be loaded."""
     return meta[s].natural
+
+
+@triton.constexpr_function
+def relative(meta, s):
+    """Whether a part's terms may count tokens from a tile's first."""
+    return meta[s].relative
 
 
 @triton.constexpr_function
@@ -104,6 +125,35 @@ def axis(meta, s, c, t):
 def place(meta, s, c, t):
     """Where a term's numbers begin."""
     return meta[s].clauses[c][t][2]
+
+
+@triton.constexpr_function
+def bounds_tile(meta, s, c, t):
+    """Whether a term is false for lanes beyond the tile's tokens because their end bounds it."""
+    interval = meta[s].clauses[c][t][0] == INTERVAL
+    return interval and meta[s].relative and meta[s].small == 0
+
+
+@triton.constexpr_function
+def needs_exists(meta, s, c, own_is_query):
+    """Whether no term of a clause is false for tokens that do not exist."""
+    other_flag = KEY_FLAG if own_is_query else QUERY_FLAG
+    for code, _, _, bounded in meta[s].clauses[c]:
+        if code == other_flag:
+            return False
+        if code == INTERVAL and meta[s].relative and meta[s].small == 0:
+            return False
+        if code == INTERVAL and bounded and not meta[s].natural:
+            return False
+    return True
+
+
+@triton.constexpr_function
+def only_intervals(meta, s):
+    """How many terms a part's masks have, if they are intervals of a single clause; else 0."""
+    clauses = meta[s].clauses
+    simple = len(clauses) == 1 and all(term[0] == INTERVAL for term in clauses[0])
+    return len(clauses[0]) if simple else 0
 
 
 @triton.constexpr_function
@@ -177,11 +227,15 @@ def block_count(part, num_others, META: tl.constexpr, S: tl.constexpr, block, va
 
 
 @triton.jit
-def run_start(part, META: tl.constexpr, S: tl.constexpr, first, last):
-    """Where the run of full blocks begins that the list entries first to last - 1 name."""
-    some = first < last
-    block = tl.load(part.indices + first, mask=some, other=0)
-    return block_start(part, META, S, block, some)
+def next_block(part, META: tl.constexpr, S: tl.constexpr, first, last, tile, BLOCK: tl.constexpr):
+    """Read, ahead of its use, the block that tile `tile` of the entries first to last - 1 is in."""
+    if small(META, S) > 0:
+        return tile * 0
+    else:
+        which = first + tile
+        if not single(META, S):
+            which = first + tile // tl.cdiv(part.size, BLOCK)
+        return tl.load(part.indices + which, mask=which < last, other=0)
 
 
 @triton.jit
@@ -192,48 +246,53 @@ def other_tokens(
     S: tl.constexpr,
     first,
     last,
-    start,
+    block,
     tile,
     AFFINE: tl.constexpr,
+    CHECK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Find a tile of the other side: tokens are origin + lanes, [BLOCK].
+    """Find a tile of the other side: its tokens are origin + rows, [BLOCK].
 
-    Also which exist, their list entries, and their places in their blocks. Where a tile lies in one
-    block, origin is a number and lanes stay the same from tile to tile.
+    Where a tile lies in one block, origin is a number; rows of tokens that do not exist are those
+    of the block's last, whose memory may be read. Lanes are rows as if all did exist, the same from
+    tile to tile. Also which tokens exist, the lane of the last, their list entries, and their
+    places in their blocks. `block` is the tile's, or the first of an affine run.
     """
     lane = tl.arange(0, BLOCK)
-    if AFFINE:
-        entry = first + tl.zeros_like(lane)
-        inner = tile * BLOCK + lane
-        origin = start + tile * (BLOCK * part.stride)
-        lanes = lane * part.stride
-        exists = inner < (last - first) * part.size
-    elif small(META, S) > 0:
+    if small(META, S) > 0:
         per_tile = BLOCK // small(META, S)
         entry = first + tile * per_tile + lane // small(META, S)
         inner = lane % small(META, S)
         valid = (entry < last) & (lane < per_tile * small(META, S))
-        block = tl.load(part.indices + entry, mask=valid, other=0)
-        origin = tile * 0
-        lanes = block_start(part, META, S, block, valid) + inner * part.stride
-        exists = valid & (inner < block_count(part, num_others, META, S, block, valid))
+        blocks = tl.load(part.indices + entry, mask=valid, other=0)
+        origin, end = tile * 0, tile * 0
+        lanes = block_start(part, META, S, blocks, valid) + inner * part.stride
+        exists = valid & (inner < block_count(part, num_others, META, S, blocks, valid))
+        rows = lanes
     else:
-        which, step = first + tile, 0
-        if not single(META, S):
-            tiles = tl.cdiv(part.size, BLOCK)
-            which, step = first + tile // tiles, (tile % tiles) * BLOCK
+        if AFFINE:
+            which, step = first, tile * BLOCK
+            count = (last - first) * part.size
+        else:
+            which, step = first + tile, 0
+            if not single(META, S):
+                tiles = tl.cdiv(part.size, BLOCK)
+                which, step = first + tile // tiles, (tile % tiles) * BLOCK
+            count = block_count(part, num_others, META, S, block, True)
         entry = which + tl.zeros_like(lane)
         inner = step + lane
-        block = tl.load(part.indices + which)
         origin = block_start(part, META, S, block, True) + step * part.stride
         lanes = lane * part.stride
-        exists = inner < block_count(part, num_others, META, S, block, True)
+        exists = inner < count
+        end = (count - 1 - step) * part.stride
+        rows = lanes
+        if CHECK:
+            rows = tl.minimum(lane, count - 1 - step) * part.stride
     if indexed(META, S):
-        lanes = tl.load(part.order + origin + lanes, mask=exists, other=0)
-        return tile * 0, lanes, exists, entry, inner
-    else:
-        return origin, lanes, exists, entry, inner
+        rows = tl.load(part.order + origin + rows, mask=exists, other=0)
+        origin, lanes = tile * 0, rows
+    return origin, rows, lanes, exists, end, entry, inner
 
 
 @triton.jit
@@ -295,25 +354,32 @@ def store_rows(
 def load_coords(coords, tokens, exists, P: tl.constexpr):
     """Coordinates of these tokens: a tuple of P vectors."""
     found = ()
+    if P == 2:
+        pairs = coords + tokens.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        return tl.split(tl.load(pairs, mask=exists[:, None], other=FAR))
     for a in tl.static_range(P):
-        axis_coords = tl.load(coords + tokens.to(tl.int64) * P + a, mask=exists, other=0)
+        axis_coords = tl.load(coords + tokens.to(tl.int64) * P + a, mask=exists, other=FAR)
         found = found + (axis_coords,)  # type: ignore[assignment]
     return found
 
 
 @triton.jit
-def own_axes(coords, tokens, META: tl.constexpr, S: tl.constexpr):
+def own_axes(coords, tokens, origin, META: tl.constexpr, S: tl.constexpr):
     """Own coordinates as a part's terms want them."""
-    if natural(META, S):
+    if relative(META, S):
+        return (tokens - origin,)
+    elif natural(META, S):
         return (tokens,)
     else:
         return coords
 
 
 @triton.jit
-def other_axes(coords, tokens, exists, META: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
+def other_axes(coords, tokens, lanes, exists, META: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
     """Coordinates of the other side's tokens as a part's terms want them."""
-    if natural(META, S):
+    if relative(META, S):
+        return (lanes,)
+    elif natural(META, S):
         return (tokens,)
     else:
         return load_coords(coords, tokens, exists, P)
@@ -334,6 +400,88 @@ def distance(own, other, P: tl.constexpr):
 
 
 @triton.jit
+def place_in_interval(
+    META: tl.constexpr,
+    S: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    numbers,
+    own_coords,
+    other_coords,
+    other_end,
+    OWN_IS_QUERY: tl.constexpr,
+):
+    """How far each pair stands in an interval, [M, N], and how far it may: [M, 1], or a number.
+
+    Both are unsigned, and what stands before the interval wraps around to large numbers: one
+    comparison tells.
+    """
+    low, high = numbers[place(META, S, C, T)], numbers[place(META, S, C, T) + 1]
+    mine, theirs = own_coords[axis(META, S, C, T)], other_coords[axis(META, S, C, T)]
+    if bounds_tile(META, S, C, T):
+        # the tile's last token bounds each row's interval
+        if OWN_IS_QUERY:
+            start, end = mine - high, mine - low
+        else:
+            start, end = mine + low, mine + high
+        end = tl.minimum(end, other_end)
+        none = end < start
+        span = tl.where(none, 0, end - start)[:, None].to(tl.uint32, bitcast=True)
+        above = theirs[None, :] - tl.where(none, BEYOND, start)[:, None]
+    else:
+        span = tl.cast(high - low, tl.uint32, bitcast=True)
+        if OWN_IS_QUERY:
+            above = (mine - low)[:, None] - theirs[None, :]
+        else:
+            above = theirs[None, :] - (mine + low)[:, None]
+    return above.to(tl.uint32, bitcast=True), span
+
+
+@triton.jit
+def keep_within(values, above, span, OTHERWISE: tl.constexpr):
+    """Put `OTHERWISE`, -inf or 0, where `above` exceeds `span`.
+
+    In PTX, because LLVM would gather a tile's comparisons in the bits of integers.
+    """
+    if IN_INTERPRETER:
+        return tl.where(above <= span, values, OTHERWISE)
+    elif OTHERWISE == 0.0:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.le.u32 p, $2, $3; selp.f32 $0, $1, 0f00000000, p; }",
+            "=f,f,r,r", [values, above, span], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.le.u32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
+            "=f,f,r,r", [values, above, span], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def keep_within_both(values, above, span, above2, span2, OTHERWISE: tl.constexpr):
+    """Do the same for two intervals at once."""
+    if IN_INTERPRETER:
+        return tl.where((above <= span) & (above2 <= span2), values, OTHERWISE)
+    elif OTHERWISE == 0.0:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.le.u32 p, $2, $3; setp.le.and.u32 p, $4, $5, p; "
+            "selp.f32 $0, $1, 0f00000000, p; }",
+            "=f,f,r,r,r,r", [values, above, span, above2, span2], dtype=tl.float32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.le.u32 p, $2, $3; setp.le.and.u32 p, $4, $5, p; "
+            "selp.f32 $0, $1, 0fFF800000, p; }",
+            "=f,f,r,r,r,r", [values, above, span, above2, span2], dtype=tl.float32, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+
+
+IN_INTERPRETER = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
 def term_holds(
     META: tl.constexpr,
     S: tl.constexpr,
@@ -344,19 +492,15 @@ def term_holds(
     other_coords,
     own_flags,
     other_flags,
+    other_end,
     OWN_IS_QUERY: tl.constexpr,
 ):
     """Evaluate one term on each pair; the shape may be [M, N], [M, 1] or [1, N]."""
     if code(META, S, C, T) == INTERVAL_CODE:
-        # one comparison: differences below `low` wrap around to large unsigned numbers
-        low, high = numbers[place(META, S, C, T)], numbers[place(META, S, C, T) + 1]
-        mine, theirs = own_coords[axis(META, S, C, T)], other_coords[axis(META, S, C, T)]
-        if OWN_IS_QUERY:
-            above = (mine - low)[:, None] - theirs[None, :]
-        else:
-            above = theirs[None, :] - (mine + low)[:, None]
-        span = tl.cast(high - low, tl.uint32, bitcast=True)
-        return above.to(tl.uint32, bitcast=True) <= span
+        above, span = place_in_interval(
+            META, S, C, T, numbers, own_coords, other_coords, other_end, OWN_IS_QUERY
+        )
+        return above <= span
     elif code(META, S, C, T) == CONGRUENT_CODE:
         block, stride = numbers[place(META, S, C, T)], numbers[place(META, S, C, T) + 1]
         mine = residue(own_coords[axis(META, S, C, T)], block, stride)
@@ -394,19 +538,30 @@ def clause_holds(
     own_flags,
     other_flags,
     other_exists,
+    other_end,
     OWN_IS_QUERY: tl.constexpr,
 ):
     """Whether all terms of a clause hold, for each pair whose other token exists."""
-    kept = tl.broadcast_to(other_exists[None, :], (own_flags.shape[0], other_exists.shape[0]))
-    for t in tl.static_range(num_terms(META, S, C)):
-        kept = kept & term_holds(
-            META, S, C, t, numbers, own_coords, other_coords, own_flags, other_flags, OWN_IS_QUERY
-        )
+    if num_terms(META, S, C) == 0:
+        kept = tl.broadcast_to(other_exists[None, :], (own_flags.shape[0], other_exists.shape[0]))
+    else:
+        kept = term_holds(
+            META, S, C, 0, numbers, own_coords, other_coords, own_flags, other_flags, other_end,
+            OWN_IS_QUERY,
+        )  # fmt: skip
+        for t in tl.static_range(1, num_terms(META, S, C)):
+            kept = kept & term_holds(
+                META, S, C, t, numbers, own_coords, other_coords, own_flags, other_flags, other_end,
+                OWN_IS_QUERY,
+            )  # fmt: skip
+        if needs_exists(META, S, C, OWN_IS_QUERY):
+            kept = kept & other_exists[None, :]
     return kept
 
 
 @triton.jit
-def kept_pairs(
+def keep_pairs(
+    values,
     part,
     numbers,
     META: tl.constexpr,
@@ -417,12 +572,32 @@ def kept_pairs(
     other_flags,
     own_inner,
     other_exists,
+    other_end,
     entry,
     inner,
     OWN_IS_QUERY: tl.constexpr,
+    OTHERWISE: tl.constexpr,
 ):
-    """Which pairs of a partial tile are kept, [own, other]."""
-    if has_bits(META, S):
+    """Put `OTHERWISE` in a partial tile's values [own, other] where a pair is not kept."""
+    if only_intervals(META, S) > 0:
+        for t in tl.static_range(0, only_intervals(META, S) - 1, 2):
+            above, span = place_in_interval(
+                META, S, 0, t, numbers, own_coords, other_coords, other_end, OWN_IS_QUERY
+            )
+            above2, span2 = place_in_interval(
+                META, S, 0, t + 1, numbers, own_coords, other_coords, other_end, OWN_IS_QUERY
+            )
+            values = keep_within_both(values, above, span, above2, span2, OTHERWISE)
+        if only_intervals(META, S) % 2 == 1:
+            above, span = place_in_interval(
+                META, S, 0, only_intervals(META, S) - 1, numbers, own_coords, other_coords,
+                other_end, OWN_IS_QUERY,
+            )  # fmt: skip
+            values = keep_within(values, above, span, OTHERWISE)
+        if needs_exists(META, S, 0, OWN_IS_QUERY):
+            values = tl.where(other_exists[None, :], values, OTHERWISE)
+        return values
+    elif has_bits(META, S):
         which = tl.load(part.tile + entry, mask=other_exists, other=0).to(tl.int64)
         if OWN_IS_QUERY:
             query, key = own_inner[:, None], inner[None, :]
@@ -433,37 +608,31 @@ def kept_pairs(
         # own lanes beyond a block would read beyond its tile
         inside = other_exists[None, :] & (query < part.tile_rows) & (key < part.tile_bytes * 8)
         byte = tl.load(part.bits + address, mask=inside, other=0).to(tl.int32)
-        return ((byte >> (key % 8)) & 1) > 0
+        return tl.where(((byte >> (key % 8)) & 1) > 0, values, OTHERWISE)
     else:
         kept = clause_holds(
             META, S, 0, numbers, own_coords, other_coords, own_flags, other_flags, other_exists,
-            OWN_IS_QUERY,
+            other_end, OWN_IS_QUERY,
         )  # fmt: skip
         for c in tl.static_range(1, num_own(META, S)):
             kept = kept | clause_holds(
                 META, S, c, numbers, own_coords, other_coords, own_flags, other_flags, other_exists,
-                OWN_IS_QUERY,
+                other_end, OWN_IS_QUERY,
             )  # fmt: skip
         for c in tl.static_range(num_own(META, S), num_clauses(META, S)):
             kept = kept & ~clause_holds(
                 META, S, c, numbers, own_coords, other_coords, own_flags, other_flags, other_exists,
-                OWN_IS_QUERY,
+                other_end, OWN_IS_QUERY,
             )  # fmt: skip
-        return kept
+        return tl.where(kept, values, OTHERWISE)
 
 
 @triton.jit
-def entry_range(part, group, block, first, last, passed, num_blocks):
-    """Cut an item's range out of a part's list: begin, middle, end, and entries passed so far.
+def part_range(ranges, row, S: tl.constexpr, NUM_PARTS: tl.constexpr):
+    """What an item takes of a part's list: begin, middle, end, and the blocks at begin and middle.
 
-    An item counts entries over the lists of all parts of its block, one part after another.
     Entries before `middle` need a mask.
     """
-    row = group.to(tl.int64) * num_blocks + block
-    begin = tl.load(part.ptr + row + group)
-    end = tl.load(part.ptr + row + group + 1)
-    middle = tl.load(part.full + row)
-    low = begin + tl.minimum(tl.maximum(first - passed, 0), end - begin)
-    high = begin + tl.minimum(tl.maximum(last - passed, 0), end - begin)
-    middle = tl.minimum(tl.maximum(middle, low), high)
-    return low, middle, high, passed + (end - begin)
+    at = ranges + (row.to(tl.int64) * NUM_PARTS + S) * 5
+    begin, middle, end = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    return begin, middle, end, tl.load(at + 3), tl.load(at + 4)

@@ -51,7 +51,8 @@ class Key:
     """What a choice depends on.
 
     `dtype` is half, ieee or tf32; `kind` is "affine" (full blocks in runs), "listed" (blocks by
-    index), "small" (blocks of fewer than 64 tokens) or "bits" (masks as bits).
+    index, or several parts), "masked" (most pairs of blocks need a mask), "small" (blocks of fewer
+    than 64 tokens) or "bits" (masks as bits).
     """
 
     kernel: Kernel
@@ -77,9 +78,10 @@ def key_of(kernel: Kernel, q: Tensor, launch: Launch, layout: BlockLayout, preci
         kind = "small"
     elif any(not part.program for part in parts):
         kind = "bits"
+    elif launch.masked:
+        kind = "masked"
     else:
-        largest = max(range(len(parts)), key=lambda n: parts[n].num_blocks)
-        kind = "affine" if launch.affine[largest] else "listed"
+        kind = "affine" if launch.affine == (True,) else "listed"
     length = "long" if tokens >= LONG * max(len(own), 1) * layout.num_groups else "short"
     dtype = precision if q.dtype == torch.float32 else "half"
     head_dim = next(d for d in HEAD_DIMS if q.shape[-1] <= d)
@@ -101,9 +103,10 @@ def choose(
 
 
 def default(key: Key) -> Config:
-    """Read the shipped table: the entry of the key's kind, or else the first for its size."""
+    """Read the shipped table: the entry of the key's kind and length, its kind, or any."""
     table = DEFAULTS[key.kernel, key.dtype, key.head_dim]
-    return table.get(f"{key.kind}/{key.length}", table["any"])
+    names = (f"{key.kind}/{key.length}", key.kind, "any")
+    return next(table[name] for name in names if name in table)
 
 
 _FORCED: dict[Kernel, Config] = {}
@@ -181,17 +184,32 @@ def _any(*values: int) -> dict[str, Config]:
     return {"any": Config(*values)}
 
 
+_SMALL = Config(64, 32, 4, 3, 128)
+
 DEFAULTS: Table = {
     ("forward", "half", 32): _any(64, 64, 4, 2, 128),
-    ("forward", "half", 64): _any(64, 64, 4, 3, 128),
-    ("forward", "half", 128): _any(64, 64, 4, 2),
+    ("forward", "half", 64): {
+        "affine": Config(64, 64, 4, 3, 128),
+        "small": _SMALL,
+        "any": Config(64, 64, 4, 2, 128),
+    },
+    ("forward", "half", 128): _any(64, 64, 4, 3),
     ("forward", "half", 256): _any(64, 32, 4, 2),
     ("query", "half", 32): _any(64, 32, 4, 3, 128),
-    ("query", "half", 64): _any(64, 32, 4, 3, 128),
+    ("query", "half", 64): {
+        "affine": Config(64, 64, 4, 3, 168),
+        "listed/short": Config(64, 32, 4, 3, 128),
+        "small": _SMALL,
+        "any": Config(64, 64, 4, 2, 168),
+    },
     ("query", "half", 128): _any(64, 64, 4, 2),
     ("query", "half", 256): _any(64, 32, 4, 1),
     ("key", "half", 32): _any(64, 32, 4, 3, 128),
-    ("key", "half", 64): _any(64, 32, 4, 3, 128),
+    ("key", "half", 64): {
+        "masked": Config(64, 64, 4, 2),
+        "small": _SMALL,
+        "any": Config(64, 64, 4, 3, 168),
+    },
     ("key", "half", 128): _any(64, 64, 4, 2),
     ("key", "half", 256): _any(64, 32, 8, 1),
     ("forward", "ieee", 32): _any(32, 32, 4, 2),
@@ -219,7 +237,7 @@ DEFAULTS: Table = {
     ("key", "tf32", 128): _any(32, 32, 4, 1),
     ("key", "tf32", 256): _any(32, 16, 4, 1),
 }
-"""Choices by (kernel, dtype, head dimension), then by "kind/length", or "any"."""
+"""Choices by (kernel, dtype, head dimension), then by "kind/length", kind, or "any"."""
 
 _HALF: dict[Kernel, tuple[Config, ...]] = {
     "forward": (
@@ -230,35 +248,20 @@ _HALF: dict[Kernel, tuple[Config, ...]] = {
     ),
     "query": (
         Config(64, 32, 4, 3, 128),
-        Config(64, 32, 4, 2, 128),
         Config(64, 64, 4, 2, 168),
+        Config(64, 64, 4, 3, 168),
     ),
     "key": (
         Config(64, 32, 4, 3, 168),
         Config(64, 32, 4, 3, 128),
-        Config(64, 64, 4, 2, 168),
+        Config(64, 64, 4, 3, 168),
         Config(64, 64, 4, 2),
     ),
 }
 _HALF_128: dict[Kernel, tuple[Config, ...]] = {
-    "forward": (
-        Config(64, 64, 4, 2),
-        Config(64, 32, 4, 3, 168),
-        Config(64, 32, 4, 2, 168),
-        Config(64, 64, 8, 2, 128),
-    ),
-    "query": (
-        Config(64, 64, 4, 2),
-        Config(64, 32, 4, 2, 168),
-        Config(64, 32, 4, 3),
-        Config(64, 64, 8, 2, 128),
-    ),
-    "key": (
-        Config(64, 64, 4, 2),
-        Config(64, 32, 4, 2),
-        Config(64, 64, 8, 2, 128),
-        Config(64, 32, 8, 2, 128),
-    ),
+    "forward": (Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 32, 4, 3, 168)),
+    "query": (Config(64, 64, 4, 2), Config(64, 32, 4, 2, 168), Config(64, 32, 4, 3)),
+    "key": (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(64, 32, 4, 3)),
 }
 _HALF_256: dict[Kernel, tuple[Config, ...]] = {
     "forward": (Config(64, 32, 4, 2), Config(64, 64, 8, 2)),

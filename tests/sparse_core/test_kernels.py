@@ -122,6 +122,8 @@ def test_every_configuration_that_tuning_may_choose(
             inputs = make_inputs(330, heads=4, kv_heads=2, head_dim=head_dim, dtype=kind)
             check_against_float64(SlidingWindow(90) | GlobalTokens(2), inputs, TRITON)
             check_against_float64(SlidingWindow(150), inputs, TRITON, block_size=128)
+            grid = torch.cartesian_prod(torch.arange(22), torch.arange(15))
+            check_against_float64(SlidingWindow(4), inputs, TRITON, coords=grid, block_size=64)
 
 
 def _check_tf32(head_dim: int) -> None:
