@@ -39,7 +39,7 @@ from sparse_core.testing import peak_memory
 TISSUE_SHARE = 0.4
 """Of the cells of a bag's square grid."""
 
-_REVISION = 1
+_REVISION = 2
 _ENCODER = "normal"
 _TILE_PX = 256
 _MPP = 0.5
@@ -120,7 +120,9 @@ def make_bag(store: Path, num_tiles: int, *, num_features: int, seed: int) -> st
         "grid": grid.astype(np.int32),
         "xy0": grid * _TILE_PX,
         "tissue": np.ones(num_tiles, dtype=np.float32),
-        f"features/{_ENCODER}": rng.standard_normal((num_tiles, num_features), dtype=np.float32),
+        f"features/{_ENCODER}": rng.standard_normal(
+            (num_tiles, num_features), dtype=np.float32
+        ).astype(np.float16),  # as published encoders' are stored
     }
     write_group(folder, attributes, arrays)
     return slide_id
