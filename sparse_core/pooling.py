@@ -145,7 +145,7 @@ def pooled_attention(
         cells = torch.cat(list(_pool(torch.stack([k, v]), pooled.levels, scores)), 2)
         keys, values = torch.cat([torch.stack([k, v]), cells[:, :, pooled.entries]], 2).unbind(0)
     if pooled.place.numel():
-        keys, values = keys[:, pooled.place], values[:, pooled.place]
+        keys, values = (x.index_select(1, pooled.place) for x in (keys, values))
     bias = None
     if count:
         exact = torch.promote_types(k.dtype, torch.float32)
@@ -165,13 +165,13 @@ def _pool(
     dtype = torch.promote_types(both.dtype, torch.float32)
     below, total = both.to(dtype), None if scores is None else scores.to(dtype)
     for number, level in enumerate(levels):
-        pieces = below[:, :, level.order]
+        pieces = below.index_select(2, level.order)
         if total is None:
             inside = 1 if number == 0 else levels[number - 1].num_tokens[level.order]
             cell = level.num_tokens.repeat_interleave(level.sizes, output_size=pieces.shape[2])
             share = (inside / cell.to(dtype))[:, None, None]
         else:
-            ours = total[:, level.order]
+            ours = total.index_select(1, level.order)
             total = _log_sum_exp(ours, level.sizes)
             spread = total.repeat_interleave(level.sizes, 1, output_size=ours.shape[1])
             share = (ours - spread).exp()[..., None]
@@ -180,8 +180,8 @@ def _pool(
 
 
 def _log_sum_exp(x: Float[Tensor, "B N Hkv"], sizes: Int[Tensor, "C"]) -> Tensor:
-    largest = torch.segment_reduce(x.detach().movedim(1, 0).contiguous(), "max", lengths=sizes)
-    largest = largest.movedim(0, 1)
+    first = x.detach().movedim(1, 0).contiguous()
+    largest = torch.segment_reduce(first, "max", lengths=sizes, unsafe=True).movedim(0, 1)
     spread = largest.repeat_interleave(sizes, 1, output_size=x.shape[1])
     return _sums((x - spread).exp(), sizes, 1).log() + largest
 

@@ -2,6 +2,8 @@ from itertools import product
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_core import sparse_attention
@@ -79,6 +81,34 @@ def test_every_tile_of_ragged_tissue_stands_in_one_place(factor: int) -> None:
         sequence = torch.arange(2).repeat_interleave(torch.tensor([100, 200]))
         assert torch.equal(covered(pooled), (sequence[:, None] == sequence).long())
         assert len(pooled.entries) > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 999), dims=st.integers(1, 2), cell=st.integers(1, 5),
+    near=st.integers(1, 2), factor=st.integers(2, 4), levels=st.integers(1, 3),
+    num_globals=st.integers(0, 2),
+)  # fmt: skip
+def test_within_reach_every_token_stands_in_one_place_and_none_in_two(
+    seed: int, dims: int, cell: int, near: int, factor: int, levels: int, num_globals: int
+) -> None:
+    """Coordinates with gaps, repeats and any sign, in two sequences of different extent."""
+    generator = torch.Generator().manual_seed(seed)
+    coords = [torch.randint(-w, w, (60, dims), generator=generator) for w in (90, 7)]
+    pattern = Hierarchical(cell, near=near, factor=factor, levels=levels)
+    joined = pattern | GlobalTokens(num_globals) if num_globals else pattern
+    pooled = build_pooled_layout(joined, torch.cat(coords), segments=[60, 60])
+    found = covered(pooled)
+    assert int(found.max()) == 1
+    sequence = torch.arange(2).repeat_interleave(60)
+    distance = (torch.cat(coords)[:, None] - torch.cat(coords)).abs().amax(-1)
+    within = (distance <= near * cell * factor**levels) & (sequence[:, None] == sequence)
+    place = torch.arange(60).repeat(2)
+    ordinary = place >= num_globals
+    assert (found[within & ordinary[:, None] & ordinary] == 1).all()
+    assert (found[sequence[:, None] != sequence] == 0).all()
+    met = (sequence[:, None] == sequence) & ~(ordinary[:, None] & ordinary)
+    assert (found[met] == 1).all()
 
 
 def test_levels_bound_the_reach() -> None:
@@ -160,6 +190,26 @@ def test_causal_pooling_leaks_nothing() -> None:
         after = pooled_attention(*changed, pooled)
         assert torch.equal(before[:, :at], after[:, :at])
         assert not torch.equal(before[:, at:], after[:, at:])
+
+
+def test_causal_cells_hold_nothing_later() -> None:
+    """One changed token is enough to tell; learned pooling, layers upon layers, global tokens."""
+    torch.manual_seed(0)
+    encoder = SparseEncoder(16, 2, 2, PATTERNS[-1], pooling="learned").eval()
+    for layer in encoder.layers:
+        torch.nn.init.normal_(layer.attention.pool_by)
+    x, layouts = torch.randn(1, 200, 16), encoder.build_layouts(200, segments=[50, 150])
+    before = encoder(x, layouts)
+    for at in (0, 49, 50, 113, 199):
+        changed = x.clone()
+        changed[:, at] -= 3
+        after = encoder(changed, layouts)
+        end = 50 if at < 50 else 200
+        same = (after == before).all(-1)[0]
+        assert same[:at].all()
+        assert same[end:].all()
+        assert not same[at]
+        assert at + 20 >= end or not same[at + 20 : end].all()
 
 
 def test_moving_and_packing_change_nothing() -> None:
