@@ -155,7 +155,7 @@ def test_the_highest_scores_are_chosen_and_ties_go_to_the_first(
     expected = torch.where(ordered > -torch.inf, order, num_blocks)[..., : routed.num_chosen]
     assert torch.equal(found, expected)
     assert (found < num_blocks).any()
-    monkeypatch.setattr(routing, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(routing, "CHUNK_NUMBERS", 1)
     assert torch.equal(choose_blocks(*about, routed), expected)
 
 
@@ -191,7 +191,7 @@ def test_choosing_never_asks_the_device(pattern: Pattern) -> None:
 
 
 def test_blocks_times_blocks_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "CHUNK_SCORES", 2**18)
+    monkeypatch.setattr(routing, "CHUNK_NUMBERS", 2**18)
     tokens, heads = 2**16, 2
     routed = build_routed_layout(Routed(16, 4), tokens)
     about = torch.randn(1, 4096, heads, 2)
