@@ -112,6 +112,28 @@ VERBS = {
             "sequences=GENOME.fa ckpt=MODEL.ckpt outputs=[tsv,parquet,embeddings,bigwig]",
         ),
     ),
+    "variants": Verb(
+        summary="Score the variants of a VCF with a trained model: a table, and the VCF again.",
+        config="genomics_variants",
+        function="pipelines.genomics.effects:variants",
+        path_keys=("sequences", "variants", "ckpt", "out", "store"),
+        required=("variants", "ckpt"),
+        examples=(
+            "sequences=GENOME.fa variants=CALLS.vcf.gz ckpt=runs/genomics/model.ckpt out=scores",
+            "store=STORE variants=CALLS.vcf ckpt=MODEL.ckpt check_ref=warn",
+        ),
+    ),
+    "saliency": Verb(
+        summary="Map which bases a score hangs on: mutagenesis, gradients, sequence logos.",
+        config="genomics_saliency",
+        function="pipelines.genomics.saliency:saliency",
+        path_keys=("sequences", "intervals", "ckpt", "out", "store"),
+        required=("ckpt",),
+        examples=(
+            "sequences=PROMOTERS.fa ckpt=runs/genomics/model.ckpt out=maps",
+            "sequences=GENOME.fa intervals=PEAKS.narrowPeak width=500 focus=100 ckpt=MODEL.ckpt",
+        ),
+    ),
     "export": Verb(
         summary="Write sequences, intervals cut from them, or checked variants as files.",
         config="genomics_export",

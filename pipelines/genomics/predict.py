@@ -51,12 +51,12 @@ def predict(config: dict[str, Any]) -> int:
     if isinstance(config["outputs"], str):
         config = {**config, "outputs": [config["outputs"]]}
     check_outputs(config["outputs"], variants=bool(config["variants"]))
-    run = _Run(config)
+    run = ModelRun(config)
     return run.predict_variants() if config["variants"] else run.predict_intervals()
 
 
-class _Run:
-    """One run: the model, the store, and the folder of the results."""
+class ModelRun:
+    """One run of a model: the store it reads, and the folder of the results."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config, self.out = config, Path(config["out"])

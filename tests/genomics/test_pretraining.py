@@ -193,10 +193,10 @@ def backbone(tmp_path_factory):
     """A network that has learned which base follows on which in repeats of eight bases."""
     folder = tmp_path_factory.mktemp("pretrained")
     rng = np.random.default_rng(0)
-    lines = [f">r{n}\n{('ACGGTTCA' * 60)[rng.integers(8) :][:400]}\n" for n in range(40)]
+    lines = [f">r{n}\n{('ACGGTTCA' * 60)[rng.integers(8) :][:400]}\n" for n in range(20)]
     (folder / "r.fa").write_text("".join(lines))
-    code = run("pretrain", f"sequences={folder / 'r.fa'}", f"out={folder / 'p'}", "epochs=8",
-               "batch_size=4", "context=128", "markov=3", "optim.lr=0.003", *QUICK)  # fmt: skip
+    code = run("pretrain", f"sequences={folder / 'r.fa'}", f"out={folder / 'p'}", "epochs=10",
+               "batch_size=4", "context=128", "markov=3", "optim.lr=0.005", *QUICK)  # fmt: skip
     assert code == 0
     return folder / "p"
 
