@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparse_core.blocking import Blocks, cut, sequence_tokens
 from sparse_core.building import both_lists, build_layout
+from sparse_core.choosing import choose
 from sparse_core.layout import BlockLayout, Lists, Part, register_pytree, with_parts
 from sparse_core.listing import with_chosen
 from sparse_core.masking import KEEP_ALL, encode
@@ -28,15 +29,6 @@ from sparse_core.ops import Backend, Precision, merge_attention, sparse_attentio
 from sparse_core.patterns import Causal, GlobalTokens, Pattern, Routed
 from sparse_core.patterns.joined import Beside, check_axes, take_apart
 from sparse_core.patterns.terms import UNBOUNDED, Interval, Tokens
-
-CHUNK_NUMBERS = 2**25
-"""Scores of pairs of blocks, or channels of chosen ones, held at a time."""
-GROUP = 16
-"""Blocks of which the best is found first."""
-
-_LOW = 2**31 - 1
-_NOTHING = -2139095041
-"""The upper half of a rank whose score is minus infinity."""
 
 
 @dataclass(frozen=True)
@@ -214,74 +206,9 @@ def choose_blocks(
     by chunk: memory is proportional to blocks, never to their pairs.
     """
     queries, keys = (x.detach().transpose(1, 2) for x in (about_q, about_k))
-    found: Tensor = torch.ops.gigasparse.choose_blocks(
+    return choose(
         queries * scale, keys, routed.low, routed.high, routed.num_near, routed.num_chosen
     )
-    return found
-
-
-@torch.library.custom_op("gigasparse::choose_blocks", mutates_args=())
-def _choose_blocks(
-    queries: Tensor, keys: Tensor, low: Tensor, high: Tensor, num_near: int, num_chosen: int
-) -> Tensor:
-    """Find the groups of blocks whose best are best, then the best blocks of these groups.
-
-    The K best blocks lie in the K groups with the best maxima: if a block's group is not among
-    them, each of those holds a block that comes before it. There are few maxima, so that ordering
-    them costs little beside making the scores.
-    """
-    batch, heads, num_blocks, channels = queries.shape
-    number = torch.arange(num_blocks, device=queries.device)
-
-    def allowed(row: Tensor, column: Tensor) -> Tensor:
-        within = (column >= low[row]) & (column < high[row])
-        return within & ((column < row - num_near) | (column > row + num_near))
-
-    shape = (batch, heads, num_blocks, num_chosen)
-    best = torch.full(shape, _NOTHING << 32, device=queries.device)
-    if not best.numel():
-        return best
-    step = max(1, CHUNK_NUMBERS // (batch * heads * num_blocks * GROUP)) * GROUP
-    for begin in range(0, num_blocks, step):
-        column = number[begin : begin + step]
-        scores = queries @ keys[:, :, begin : begin + step].mT
-        scores.masked_fill_(~allowed(number[:, None], column), -torch.inf)
-        scores = torch.nn.functional.pad(scores, (0, -len(column) % GROUP), value=-torch.inf)
-        rank = _rank(scores.unflatten(3, (-1, GROUP)).amax(4), column[::GROUP] // GROUP)
-        best = torch.cat([best, rank], 3).topk(num_chosen, dim=3).values
-    found = []
-    table = keys.reshape(-1, channels)
-    first = torch.arange(batch * heads, device=queries.device).view(batch, heads, 1, 1) * num_blocks
-    step = max(1, CHUNK_NUMBERS // (batch * heads * num_chosen * GROUP * channels))
-    for row, group in zip(number.split(step), best.split(step, 2), strict=True):
-        column = _number(group)[..., None] * GROUP + number.new_tensor(range(GROUP))
-        column = column.flatten(3)
-        exists = column < num_blocks
-        column = column.clamp(max=num_blocks - 1)
-        members = torch.nn.functional.embedding(first + column, table)
-        scores = (members @ queries.index_select(2, row)[..., None])[..., 0]
-        scores.masked_fill_(~(exists & allowed(row[:, None], column)), -torch.inf)
-        found.append(_rank(scores, column).topk(num_chosen, dim=3).values)
-    chosen = torch.cat(found, 2)
-    return torch.where(chosen >> 32 > _NOTHING, _number(chosen), num_blocks)
-
-
-@_choose_blocks.register_fake
-def _choose_blocks_fake(
-    queries: Tensor, keys: Tensor, low: Tensor, high: Tensor, num_near: int, num_chosen: int
-) -> Tensor:
-    return queries.new_empty((*queries.shape[:3], num_chosen), dtype=torch.int64)
-
-
-def _rank(scores: Float[Tensor, "..."], number: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """Order by score, as float32, and where it is equal by number, smallest first: an integer."""
-    bits = (scores.float() + 0.0).contiguous().view(torch.int32)  # + 0.0: -0 is equal to 0
-    bits = bits ^ ((bits >> 31) & _LOW)
-    return (bits.long() << 32) + (_LOW - number)
-
-
-def _number(rank: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    return _LOW - (rank & 0xFFFFFFFF)
 
 
 def _average(

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_core import listing, routing
+from sparse_core import choosing, listing
 from sparse_core.listing import with_chosen
 from sparse_core.nn import SparseEncoder
 from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, Routed, SlidingWindow
@@ -155,7 +155,7 @@ def test_the_highest_scores_are_chosen_and_ties_go_to_the_first(
     expected = torch.where(ordered > -torch.inf, order, num_blocks)[..., : routed.num_chosen]
     assert torch.equal(found, expected)
     assert (found < num_blocks).any()
-    monkeypatch.setattr(routing, "CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(choosing, "CHUNK_NUMBERS", 1)
     assert torch.equal(choose_blocks(*about, routed), expected)
 
 
@@ -191,7 +191,7 @@ def test_choosing_never_asks_the_device(pattern: Pattern) -> None:
 
 
 def test_blocks_times_blocks_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "CHUNK_NUMBERS", 2**18)
+    monkeypatch.setattr(choosing, "CHUNK_NUMBERS", 2**18)
     tokens, heads = 2**16, 2
     routed = build_routed_layout(Routed(16, 4), tokens)
     about = torch.randn(1, 4096, heads, 2)
@@ -402,7 +402,7 @@ def test_the_choice_is_a_sound_custom_op() -> None:
     routed = build_routed_layout(PATTERNS[0], 200)
     queries, keys = (torch.randn(1, 2, len(routed.tokens), 8) for _ in "qk")
     torch.library.opcheck(
-        torch.ops.gigasparse.choose_blocks, (queries, keys, routed.low, routed.high, 1, 2)
+        torch.ops.gigasparse.choose, (queries, keys, routed.low, routed.high, 1, 2)
     )
 
 
