@@ -10,6 +10,9 @@ from pipelines.shared.conf_tree import conf_folder
 from pipelines.shared.errors import InputError
 from pipelines.shared.network import FeatureStem, SequenceClassifier
 
+TASK = "pathology"
+"""Of model files: what can read them."""
+
 
 class SlideClassifier(SequenceClassifier):
     """Classify slides by their tiles; `config` holds what `SlideClassifier(**config)` needs.

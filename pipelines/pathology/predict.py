@@ -13,14 +13,13 @@ from pipelines.pathology.cohort import load_objective
 from pipelines.pathology.encoding import TileEncoder, build_encoder
 from pipelines.pathology.features import expected_provenances, stream_features
 from pipelines.pathology.manifest import is_table, list_slides, read_slide_table
-from pipelines.pathology.model import build_network
+from pipelines.pathology.model import TASK, build_network
 from pipelines.pathology.progress import track
 from pipelines.pathology.results import Results, Wanted
 from pipelines.pathology.sequences import Predicted, predict_cases
 from pipelines.pathology.slides import SlideFile
 from pipelines.pathology.store import read_provenance, slide_folder
 from pipelines.pathology.stored_features import STORED_ENCODER, match_stored
-from pipelines.pathology.study import TASK
 from pipelines.pathology.surveys import survey_folder
 from pipelines.pathology.tiling import TilePlan
 from pipelines.shared.checkpoint import LoadedModel, load_model
@@ -104,6 +103,8 @@ def _run(config: dict[str, Any], model: LoadedModel, source: _Source, out: Path)
     failures = list(source.refused)
     network = build_network(model.config)
     network.load_state_dict(model.state_dict)
+    # scores of tiles take gradients, but none of weights: their inputs need not be kept
+    network.requires_grad_(False)
     found = predict_cases(
         network,
         _ready(config, source, todo, failures),

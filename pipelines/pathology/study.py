@@ -13,7 +13,7 @@ from pipelines.pathology.baseline import BASELINES, fit_colour_baseline
 from pipelines.pathology.cohort import Case, Cohort, make_objective, sample_weights
 from pipelines.pathology.data import Augmentation, SlideDataset
 from pipelines.pathology.heatmap import draw_attention
-from pipelines.pathology.model import SlideClassifier, architecture, build_network
+from pipelines.pathology.model import TASK, SlideClassifier, architecture, build_network
 from pipelines.pathology.pooling import PoolingClassifier
 from pipelines.pathology.store import read_slide, slide_folder
 from pipelines.pathology.stored_features import FeatureSource
@@ -32,7 +32,6 @@ from pipelines.shared.splits import SPLITS
 from pipelines.shared.study import Contender, name_engines, train_contender
 from pipelines.shared.tables import Failure, write_failures, write_table
 
-TASK = "pathology"
 SHOWN = ("auroc", "accuracy", "balanced_accuracy", "r2", "mae", "c_index")
 """Scores that a terminal has room for; `metrics.json` has all."""
 

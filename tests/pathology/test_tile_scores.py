@@ -1,5 +1,7 @@
 """Scores of tiles mean what they say: without the highest tiles the result is another."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +91,10 @@ def test_removing_the_highest_tenth_costs_more_than_any_tenth(
     assert len(falls) > 10
     assert highest > 0
     assert highest > 2 * other
+
+
+def test_predicting_loads_nothing_that_trains() -> None:
+    """Lightning takes 200 MB and seconds, of every process that predicts."""
+    code = "import sys, pipelines.pathology.predict; print('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
