@@ -1,4 +1,4 @@
-"""`python -m pipelines.genomics {train,predict} [KEY=VALUE ...]`."""
+"""`python -m pipelines.genomics VERB [KEY=VALUE ...]`; without a verb it lists them."""
 
 from collections.abc import Sequence
 
@@ -110,6 +110,17 @@ VERBS = {
             "sequences=GENOME.fa intervals=PEAKS.narrowPeak width=500 ckpt=MODEL.ckpt",
             "sequences=GENOME.fa variants=CALLS.vcf.gz ckpt=MODEL.ckpt",
             "sequences=GENOME.fa ckpt=MODEL.ckpt outputs=[tsv,parquet,embeddings,bigwig]",
+        ),
+    ),
+    "embed": Verb(
+        summary="Turn sequences into vectors with a trained or pretrained network.",
+        config="genomics_embed",
+        function="pipelines.genomics.embedding:embed",
+        path_keys=("sequences", "intervals", "ckpt", "out", "store"),
+        required=("ckpt",),
+        examples=(
+            "sequences=RECORDS.fa.gz ckpt=runs/backbone/model.ckpt out=vectors",
+            "sequences=GENOME.fa intervals=GENES.bed per=base ckpt=MODEL.ckpt",
         ),
     ),
     "variants": Verb(

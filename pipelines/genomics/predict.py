@@ -58,14 +58,16 @@ def predict(config: dict[str, Any]) -> int:
 class ModelRun:
     """One run of a model: the store it reads, and the folder of the results."""
 
+    needs_classes = True
+
     def __init__(self, config: dict[str, Any]) -> None:
         self.config, self.out = config, Path(config["out"])
         checkpoint = Path(config["ckpt"])
         model = load_model(checkpoint, task=TASK)
-        if "classes" not in model.metadata:
+        if self.needs_classes and "classes" not in model.metadata:
             raise InputError(
                 f"{checkpoint} guesses bases and knows no classes; train it further with "
-                f"pretrained={checkpoint}"
+                f"pretrained={checkpoint}, or take its vectors with the verb embed"
             )
         if config["device"].startswith("cuda") and not torch.cuda.is_available():
             raise InputError("device=cuda: no GPU is found here; use device=cpu")
@@ -74,10 +76,10 @@ class ModelRun:
         refuse_other_tokenizer(config.get("tokenizer"), self.tokenizer, checkpoint)
         self.network = DnaClassifier(**model.config)  # type: ignore[arg-type]
         self.network.load_state_dict(model.state_dict)
-        self.classes: list[str] = model.metadata["classes"]  # type: ignore[assignment]
+        self.classes: list[str] = model.metadata.get("classes", [])  # type: ignore[assignment]
         self.threshold = float(str(model.metadata.get("threshold", 0.5)))
         self.context: int = model.metadata["context"]  # type: ignore[assignment]
-        self.overlap: int = model.metadata["overlap"]  # type: ignore[assignment]
+        self.overlap: int = model.metadata.get("overlap", 0)  # type: ignore[assignment]
         make_folder(self.out)
         self.store = open_store(config, self.out)
 
