@@ -11,7 +11,9 @@ where it stopped. Without a GPU the small version runs.
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,10 +73,9 @@ def main(given: list[str] | None = None) -> int:
         if name not in patterns:
             parser.error(f"--only: no pattern {name!r}; there are {', '.join(patterns)}")
     names = arguments.only or [name for name in patterns if name not in ON_REQUEST]
-    chosen = {name: patterns[name] for name in names}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        run_all(chosen, settings, arguments.out, device)
+        run_all(patterns, settings, arguments.out, device, only=names)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -84,35 +85,53 @@ def main(given: list[str] | None = None) -> int:
 
 
 def run_all(
-    patterns: dict[str, str], settings: Settings, out: Path, device: torch.device | str
+    patterns: dict[str, str],
+    settings: Settings,
+    out: Path,
+    device: torch.device | str,
+    *,
+    only: Collection[str],
 ) -> dict[str, list[Result]]:
-    """Train each pattern with each seed, but for those whose results are there.
+    """Train the patterns named in `only` with each seed, but for those whose results are there.
 
-    Raises ValueError for results of other settings in the same folder.
+    Results of other patterns are shown too, if there are any. Raises ValueError for results of
+    other settings in the same folder.
     """
-    found: dict[str, list[Result]] = {name: [] for name in patterns}
+    found: dict[str, list[Result]] = {}
     (out / "results").mkdir(parents=True, exist_ok=True)
     for seed in range(settings.seeds):
         for name, text in patterns.items():
             path = out / "results" / f"{name.replace(' ', '')}-{seed}.json"
+            pattern = Pattern.parse(text)
             if path.exists():
-                result = Result(**json.loads(path.read_text()))
-                wanted = (describe(settings), str(Pattern.parse(text)))
-                if (result.settings, result.pattern) != wanted:
-                    raise ValueError(f"{path} is of other settings; give another --out")
+                result = _read(path, pattern, settings)
+            elif name in only:
+                report = partial(_report, f"{name}, seed {seed}")
+                result = train(pattern, settings, seed, device=device, report=report)
+                _write(path, result)
             else:
-
-                def report(line: str, name: str = name, seed: int = seed) -> None:
-                    print(f"{name}, seed {seed}: {line}", flush=True)
-
-                result = train(Pattern.parse(text), settings, seed, device=device, report=report)
-                aside = path.with_name(f".{path.name}.tmp")
-                aside.write_text(json.dumps(asdict(result), indent=1))
-                aside.replace(path)
-            found[name].append(result)
+                continue
+            found.setdefault(name, []).append(result)
         write_table(found, settings, out)
         draw(found, settings, out)
     return found
+
+
+def _report(run: str, line: str) -> None:
+    print(f"{run}: {line}", flush=True)
+
+
+def _read(path: Path, pattern: Pattern, settings: Settings) -> Result:
+    result = Result(**json.loads(path.read_text()))
+    if (result.settings, result.pattern) != (describe(settings), str(pattern)):
+        raise ValueError(f"{path} is of other settings; give another --out")
+    return result
+
+
+def _write(path: Path, result: Result) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(asdict(result), indent=1))
+    aside.replace(path)
 
 
 if __name__ == "__main__":

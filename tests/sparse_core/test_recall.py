@@ -99,11 +99,12 @@ def test_runs_go_on_where_they_stopped(
 
     monkeypatch.setattr(recall, "train", stopping)
     with pytest.raises(KeyboardInterrupt):
-        recall.run_all(patterns, TINY, tmp_path, "cpu")
-    recall.run_all(patterns, TINY, tmp_path, "cpu")
+        recall.run_all(patterns, TINY, tmp_path, "cpu", only=patterns)
+    recall.run_all(patterns, TINY, tmp_path, "cpu", only=patterns)
     assert trained[3] == trained[4]
     assert len(trained) == 5
-    found = recall.run_all(patterns, TINY, tmp_path, "cpu")
+    more = {**patterns, "causal": "Causal()"}
+    found = recall.run_all(more, TINY, tmp_path, "cpu", only=())
     assert len(trained) == 5
     assert [[r.seed for r in results] for results in found.values()] == [[0, 1], [0, 1]]
     table = (tmp_path / "recall.md").read_text().splitlines()
@@ -112,7 +113,7 @@ def test_runs_go_on_where_they_stopped(
     assert cells == [6] * 4
     assert (tmp_path / "recall.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="of other settings; give another --out"):
-        recall.run_all(patterns, replace(TINY, lr=1e-3), tmp_path, "cpu")
+        recall.run_all(patterns, replace(TINY, lr=1e-3), tmp_path, "cpu", only=patterns)
     assert "seed 1: step 2, loss" in capsys.readouterr().out
 
 
