@@ -187,3 +187,25 @@ def test_leaks_that_are_none_are_named(
     code = run("evaluate", f"run={finished}", f"leaks={records}", f"out={tmp_path}")
     assert code == 2
     assert "leaks=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["task.sampling=balanced", "task.class_weights=balanced"])
+def test_classes_of_unequal_size_are_balanced_if_asked(
+    setting: str, records: Path, tmp_path: Path
+) -> None:
+    """Of five records four are `high`: said of all without balance, and of fewer with it."""
+    table = pd.read_csv(records, dtype=str)
+    rng = np.random.default_rng(3)
+    table["sequence"] = ["".join(rng.choice(LETTERS, 80)) for _ in range(len(table))]
+    table["label"] = np.where(np.arange(len(table)) % 5 == 0, "low", "high")
+    table.to_csv(tmp_path / "t.csv", index=False)
+    shares = {}
+    for name, extra in (("plain", []), ("balanced", [setting])):
+        code = run("train", f"sequences={tmp_path / 't.csv'}", f"out={tmp_path / name}",
+                   "baselines=[]", "epochs=3", "logger=none", "trainer.progress=false",
+                   *extra)  # fmt: skip
+        assert code == 0
+        found = pd.read_csv(tmp_path / name / "predictions.csv")
+        shares[name] = found["probability_low"].mean()
+    assert shares["plain"] == pytest.approx(0.2, abs=0.12)
+    assert 0.32 < shares["balanced"] < 0.65
