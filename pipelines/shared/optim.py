@@ -49,9 +49,13 @@ class OptimSettings:
 
 
 def build_optimizer(
-    network: nn.Module, settings: OptimSettings, *, total_steps: int
+    network: nn.Module, settings: OptimSettings, *, total_steps: int, fused: bool = True
 ) -> tuple[Optimizer, LambdaLR]:
-    """Build the optimiser and its schedule; only matrices decay, not biases, gains and tokens."""
+    """Build the optimiser and its schedule; only matrices decay, not biases, gains and tokens.
+
+    On the CPU a step is one call for all weights, unless `fused` is off: Lightning refuses to clip
+    gradients before such a step in mixed precision.
+    """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {
@@ -63,16 +67,17 @@ def build_optimizer(
             "weight_decay": 0.0,
         },
     ]
-    # on a GPU the default is as fast, and Lightning refuses to clip before a fused step
-    fused = True if all(parameter.device.type == "cpu" for parameter in trained) else None
+    # on a GPU the default is as fast
+    on_cpu = all(parameter.device.type == "cpu" for parameter in trained)
+    fused_step = True if fused and on_cpu else None
     optimizer: Optimizer
     if settings.name == "sgd":
         momentum = settings.momentum
         optimizer = SGD(
-            groups, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=fused
+            groups, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=fused_step
         )
     else:
-        optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
+        optimizer = AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused_step)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(step, settings, total_steps=total_steps))
     return optimizer, schedule
 

@@ -51,9 +51,12 @@ class SequenceTask(LightningModule):
         self._started = 0.0
 
     def configure_optimizers(self) -> dict[str, object]:
-        """Build AdamW with a schedule over all steps of the run."""
+        """Build the optimiser with a schedule over all steps of the run."""
         optimizer, schedule = build_optimizer(
-            self.network, self._optim, total_steps=self._count_steps()
+            self.network,
+            self._optim,
+            total_steps=self._count_steps(),
+            fused=self.trainer.precision == "32-true",
         )
         return {
             "optimizer": optimizer,

@@ -1,5 +1,6 @@
 """Every task through the command line, on drawn slides whose tumour burden decides."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,6 +158,18 @@ def test_augmented_balanced_training_and_explained_predictions(
     embeddings = pd.read_parquet(out / "embeddings.parquet")
     assert embeddings["slide_id"].tolist() == found["slide_id"].tolist()
     assert {len(vector) for vector in embeddings["embedding"]} == {64}
+
+
+def test_bfloat16_and_patience_are_settings_of_train(cohort: Path, tmp_path: Path) -> None:
+    table = train(
+        cohort, tmp_path, "columns.label=kind", "baselines=[]", "trainer.precision=bf16-mixed",
+        "callbacks.patience=1", "callbacks.select=auroc", "epochs=60",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "metrics.json").read_text())["training"]["model"]
+    assert report["epochs"] < 60
+    assert report["epochs"] == report["best_epoch"] + 2
+    test = table[table["split"] == "test"]
+    assert (test["label"] == test["prediction"]).mean() > 0.75
 
 
 def test_splits_of_a_table_are_kept(cohort: Path, tmp_path: Path, capsys) -> None:
