@@ -350,7 +350,7 @@ def _shift_flags(part: Part, shift: int) -> Part:
 
 CONSTANTS = (
     "stride", "size", "program", "pattern", "part_numbers", "affine", "regular", "num_tokens",
-    "num_slots", "num_states", "masked",
+    "num_slots", "num_states",
     "complete", "fresh", "spacing", "num_chosen", "num_near", "whole", "causal",
 )  # fmt: skip
 """Fields that are no tensors."""

@@ -109,7 +109,6 @@ def _agenda(agenda: Agenda, lists: Lists, *, longest: int, limit: int) -> Agenda
                 splits=splits,
                 part_numbers=launch.part_numbers,
                 affine=(False,),
-                masked=False,
                 num_slots=2 * most_splits,
             ),
         ),

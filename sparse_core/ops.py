@@ -364,7 +364,7 @@ def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
         numbers += [len(agenda.launches), agenda.num_states, agenda.complete, agenda.fresh]
         for launch in agenda.launches:
             tensors += [launch.items, launch.ranges, launch.splits]
-            numbers += [launch.num_slots, launch.masked, len(launch.part_numbers)]
+            numbers += [launch.num_slots, len(launch.part_numbers)]
             numbers += [*launch.part_numbers, *launch.affine]
     numbers.append(SPACINGS.index(layout.schedule.spacing))
     return tensors, [int(n) for n in numbers]
@@ -400,10 +400,10 @@ def _unflatten_agenda(flat: Iterator[Tensor], rest: Iterator[int]) -> Agenda:
     launches = []
     for _ in range(num_launches):
         items, ranges, splits = next(flat), next(flat), next(flat)
-        num_slots, masked, num_parts = next(rest), bool(next(rest)), next(rest)
+        num_slots, num_parts = next(rest), next(rest)
         part_numbers = tuple(next(rest) for _ in range(num_parts))
         affine = tuple(bool(next(rest)) for _ in range(num_parts))
-        launches.append(Launch(items, ranges, splits, part_numbers, affine, masked, num_slots))
+        launches.append(Launch(items, ranges, splits, part_numbers, affine, num_slots))
     return Agenda(tuple(launches), state_of, num_states, bool(complete), bool(fresh))
 
 

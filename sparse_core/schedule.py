@@ -43,8 +43,7 @@ class Launch:
     `ranges` says what items say part by part, so that a kernel need not read one number to find the
     next: where in the part's list an item begins, up to where entries need a mask, where it ends,
     and the blocks at the first and the second of these. `affine` says of each part whether full
-    blocks of any list follow one another in memory. `masked` says that most pairs of blocks need a
-    mask.
+    blocks of any list follow one another in memory.
     """
 
     items: Int[Tensor, "G I 4"]
@@ -52,7 +51,6 @@ class Launch:
     splits: Int[Tensor, "G K 3"]
     part_numbers: tuple[int, ...]
     affine: tuple[bool, ...]
-    masked: bool
     num_slots: int
 
 
@@ -192,11 +190,7 @@ def _launch(parts: tuple["Part", ...], family: list[int], side: Side, num_tokens
     limit = _item_length(length, longest, own.size, max(b.size for b in others), num_tokens)
     items, splits, num_slots = _items(length, longest, limit)
     affine = tuple(_is_affine(x, b) for x, b in zip(lists, others, strict=True))
-    partial = sum((x.full - x.ptr[:, :-1]).long().sum() for x in lists)
-    masked = bool(2 * partial > length.sum())
-    return Launch(
-        items, part_ranges(lists, items), splits, tuple(family), affine, masked, num_slots
-    )
+    return Launch(items, part_ranges(lists, items), splits, tuple(family), affine, num_slots)
 
 
 def _item_length(

@@ -44,12 +44,12 @@ CASES: dict[str, tuple[Pattern, int]] = {
         65_536,
     ),
     "listed/long": (Strided(8, block=128) | SlidingWindow(128), 65_536),
-    "masked/short": (SlidingWindow(12), 65_536),
+    "grid/short": (SlidingWindow(12), 65_536),
     "small/short": (SlidingWindow(8), 65_536),
 }
 """For each kind and length of lists a pattern that has it, and the tokens that it is timed at.
 
-Masked ones stand on a square grid.
+Those of grids stand on a square one.
 """
 
 CLASSES: dict[str, tuple[torch.dtype, Precision]] = {
@@ -149,7 +149,7 @@ def check(trial: Trial) -> str | None:
     torch.set_num_threads(1)
     dtype, precision = CLASSES[trial.dtype]
     pattern = CASES[trial.case][0]
-    block = {"small/short": 32, "masked/short": 64}.get(trial.case, 128)
+    block = {"small/short": 32, "grid/short": 64}.get(trial.case, 128)
     where = _where(trial.case, SMALL)
     layout = build_layout(pattern, where, block_size=block)
     host = make_inputs(SMALL, heads=2, head_dim=trial.head_dim, dtype=dtype)
@@ -229,7 +229,7 @@ def _layout(case: str, tokens: int) -> BlockLayout:
 
 def _where(case: str, tokens: int) -> Tensor | int:
     """Coordinates along a Hilbert curve where the case wants a grid."""
-    return make_place("grid", tokens).coords if case.startswith("masked") else tokens
+    return make_place("grid", tokens).coords if case.startswith("grid") else tokens
 
 
 def _median(run: Callable[[], object], repeats: int = 9, inner: int = 3) -> float:

@@ -51,8 +51,8 @@ class Key:
     """What a choice depends on.
 
     `dtype` is half, ieee or tf32; `kind` is "affine" (full blocks in runs), "listed" (blocks by
-    index, or several parts), "masked" (most pairs of blocks need a mask), "small" (blocks of fewer
-    than 64 tokens) or "bits" (masks as bits).
+    index, or several parts), "grid" (coordinates of several axes, where most pairs of blocks need a
+    mask), "small" (blocks of fewer than 64 tokens) or "bits" (masks as bits).
     """
 
     kernel: Kernel
@@ -78,8 +78,8 @@ def key_of(kernel: Kernel, q: Tensor, launch: Launch, layout: BlockLayout, preci
         kind = "small"
     elif any(not part.program for part in parts):
         kind = "bits"
-    elif launch.masked:
-        kind = "masked"
+    elif layout.query_coords.shape[1] > 1:
+        kind = "grid"
     else:
         kind = "affine" if launch.affine == (True,) else "listed"
     length = "long" if tokens >= LONG * max(len(own), 1) * layout.num_groups else "short"
@@ -206,7 +206,7 @@ DEFAULTS: Table = {
     ("query", "half", 256): _any(64, 32, 4, 1),
     ("key", "half", 32): _any(64, 32, 4, 3, 128),
     ("key", "half", 64): {
-        "masked": Config(64, 64, 4, 2),
+        "grid": Config(64, 64, 4, 2),
         "small": _SMALL,
         "any": Config(64, 64, 4, 3, 168),
     },
