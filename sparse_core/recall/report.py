@@ -62,7 +62,7 @@ def draw(found: dict[str, list[Result]], settings: Settings, out: Path) -> None:
     by_distance.set_xticks(distances, [f"{d:,}" for d in distances], fontsize=8)
     by_distance.set_xlabel("distance between pair and question, tokens")
     by_distance.set_ylabel("questions answered")
-    by_distance.legend(fontsize=8, loc="center right", framealpha=0.9)
+    by_distance.legend(fontsize=8, loc="center", framealpha=0.9)
     by_cost.set_xscale("log")
     by_cost.xaxis.set_major_formatter("{x:,.0f}")
     by_cost.xaxis.set_minor_formatter("{x:,.0f}")
