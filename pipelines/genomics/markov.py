@@ -23,20 +23,23 @@ class MarkovModel:
     """
 
     def __init__(self, counts: list[Int64[ndarray, "W 4"]]) -> None:
-        said = np.full((1, NUM_BASES), 1 / NUM_BASES)
+        said = np.full((1, NUM_BASES), 1 / NUM_BASES, dtype=np.float32)
         for table in counts:
-            lower = np.tile(said, (len(table) // len(said), 1))  # words by their last bases
-            weighted = table + _PSEUDOCOUNT * NUM_BASES * lower
-            said = weighted / weighted.sum(axis=1, keepdims=True)
+            weighted = table.reshape(-1, *said.shape).astype(
+                np.float32
+            )  # words by their last bases
+            weighted += _PSEUDOCOUNT * NUM_BASES * said
+            weighted /= weighted.sum(axis=2, keepdims=True)
+            said = weighted.reshape(-1, NUM_BASES)
         self.order = len(counts) - 1
-        self.bits: Float[ndarray, "W 4"] = -np.log2(said)
+        self.bits: Float[ndarray, "W 4"] = -np.log2(said, out=said)
 
     def measure(self, tokens: UInt8[ndarray, "T"]) -> tuple[float, int]:
         """Bits of the bases that have `order` bases before them, and how many they are."""
         total, number = 0.0, 0
         for start in range(0, max(tokens.size - self.order, 0), _STRETCH):
             words = words_of(tokens[start : start + _STRETCH + self.order], self.order + 1)
-            total += float(self.bits.reshape(-1)[words].sum())
+            total += float(self.bits.reshape(-1)[words].sum(dtype=np.float64))
             number += words.size
         return total, number
 

@@ -10,7 +10,9 @@ from sklearn.metrics import matthews_corrcoef, roc_auc_score
 
 from pipelines.genomics.__main__ import main
 
-QUICK = ["epochs=1", "logger=none", "trainer.progress=false", "resamples=30"]
+SMALL = ["model.dim=16", "model.depth=1", "model.num_heads=2", "logger=none",
+         "trainer.progress=false"]  # fmt: skip
+QUICK = ["epochs=1", "resamples=30", *SMALL]
 LETTERS = np.array(list("ACGT"))
 
 
@@ -202,7 +204,7 @@ def test_classes_of_unequal_size_are_balanced_if_asked(
     shares = {}
     for name, extra in (("plain", []), ("balanced", [setting])):
         code = run("train", f"sequences={tmp_path / 't.csv'}", f"out={tmp_path / name}",
-                   "baselines=[]", "epochs=3", "logger=none", "trainer.progress=false",
+                   "baselines=[]", "epochs=4", "leaks=false", "optim.lr=0.003", *SMALL,
                    *extra)  # fmt: skip
         assert code == 0
         found = pd.read_csv(tmp_path / name / "predictions.csv")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipelines.genomics.__main__ import main
-from pipelines.genomics.alphabet import encode
+from pipelines.genomics.alphabet import encode, reverse_complement
 from pipelines.genomics.data import WindowDataset
-from pipelines.genomics.markov import MarkovModel, count_words
+from pipelines.genomics.markov import MarkovModel, count_words, kmer_words, words_of
 from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.pretraining import (
     HIDDEN,
@@ -24,7 +24,7 @@ from pipelines.genomics.pretraining import (
 from pipelines.shared.batch import Example, pack
 from pipelines.shared.errors import InputError
 
-QUICK = ["logger=none", "trainer.progress=false"]
+QUICK = ["logger=none", "trainer.progress=false", "model.dim=32", "model.depth=1"]
 BACK = "(SlidingWindow(radius=8) | GlobalTokens(first=2)) & Causal()"
 BOTH = "SlidingWindow(radius=8) | GlobalTokens(first=2)"
 
@@ -171,17 +171,27 @@ def test_markov_bits_are_those_of_counting_one_by_one(order):
 
     asked = [at for at in range(order, len(test)) if 5 not in test[at - order : at + 1]]
     bits = sum(-np.log2(said(tuple(test[at - order : at]), test[at])) for at in asked)
-    assert model.measure(test) == (pytest.approx(bits), len(asked))
+    assert model.measure(test) == (pytest.approx(bits, rel=1e-5), len(asked))
     for word in product((1, 2, 3, 4), repeat=order):
         assert sum(said(word, base) for base in (1, 2, 3, 4)) == pytest.approx(1)
 
 
-def test_markov_models_reach_order_12():
+def test_markov_models_know_long_repeats():
     tokens = np.tile(random_bases(997), 8)
-    counts = count_words([tokens], 12, both_strands=True)
-    assert counts[12].sum() == 2 * (tokens.size - 12)
+    counts = count_words([tokens], 8, both_strands=True)
+    assert counts[8].sum() == 2 * (tokens.size - 8)
     assert MarkovModel(counts).measure(tokens)[0] / tokens.size < 0.3
     assert MarkovModel(counts[:1]).measure(tokens)[0] / tokens.size == pytest.approx(2, abs=0.01)
+
+
+def test_words_of_13_bases_are_counted_on_both_strands():
+    tokens = np.tile(random_bases(50), 3)
+    counts = kmer_words(tokens, 13, both_strands=True)
+    for strand in (tokens, reverse_complement(tokens)):
+        words = words_of(strand, 13)
+        assert set(counts[words].tolist()) <= {2, 3}
+        assert counts[words[0]] == sum(words == words[0])
+    assert counts.size == 4**13
 
 
 def run(*arguments):
@@ -233,7 +243,7 @@ def test_training_goes_on_from_a_pretrained_network(backbone, labelled, tmp_path
         for name, weight in after["state_dict"].items()
         if name.startswith(("stem.", "encoder.", "registers"))
     }
-    assert len(same) > 20
+    assert len(same) > 15
     assert all(same.values()) if freeze else not any(same.values())
 
 
