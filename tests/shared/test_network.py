@@ -74,6 +74,17 @@ def test_a_result_does_not_depend_on_the_batch(pooling: str, head_norm: str, str
     torch.testing.assert_close(totals, torch.ones_like(totals))
 
 
+@pytest.mark.parametrize("pattern", ["Routed(block=4, top=2)", "Hierarchical(cell=4)"])
+def test_patterns_that_route_or_pool_serve_too(pattern: str) -> None:
+    network = build(pattern=f"{pattern} | GlobalTokens(first=2)").double().eval()
+    examples = draw(LENGTHS)
+    together = network(pack(examples)).logits
+    alone = [network(pack([example])).logits for example in examples]
+    torch.testing.assert_close(together, torch.cat(alone))
+    together.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
 def test_the_default_keeps_the_weights_that_it_had() -> None:
     names = set(build().state_dict())
     assert {"pool.content.weight", "head.0.weight", "head.2.weight"} < names
