@@ -240,7 +240,7 @@ def test_a_wrong_setting_is_one_clear_message(
 def test_an_unknown_verb_lists_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("genomics", GENOMICS, ["trian"]) == 2
 
-    assert f"use {' or '.join(GENOMICS)}; did you mean train?" in capsys.readouterr().err
+    assert f"use {' or '.join(GENOMICS)}; did you mean train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
