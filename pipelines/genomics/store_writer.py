@@ -60,7 +60,10 @@ class StoreWriter:
         columns.circular.append(raw.circular)
         columns.digests.append(packed.digest)
         columns.headers.append(header := _line(raw.id, raw.description))
-        columns.labels.append(label := _line(raw.label, raw.group, raw.split))
+        label = _NO_LABEL
+        if raw.label is not None or raw.group is not None or raw.split is not None:
+            label = _line(raw.label, raw.group, raw.split)
+        columns.labels.append(label)
         self._digest.update(f"{header}{label}{raw.circular:d}".encode() + packed.digest)
         if packed.others.size:
             columns.others.append(packed.others + np.array([self._num_bytes * PER_BYTE, 0, 0]))
@@ -76,10 +79,10 @@ class StoreWriter:
     def finish(self, attributes: Mapping[str, object]) -> str:
         """Write what is left, the columns and the attributes; returns the content digest."""
         self._flush(whole=False)
+        self._write_columns()  # while the last shards are written
         for write in self._writes:
             write.result()
         digest = self._digest.hexdigest()
-        self._write_columns()
         self._group.attrs.update(
             {"schema": SCHEMA, "letters": LETTERS, "digest": digest, **attributes}
         )
