@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_core.layout import BlockLayout, Lists
-from sparse_core.schedule import ITEM_TOKENS, Agenda, Launch, _size_class, part_ranges
+from sparse_core.schedule import ITEM_TOKENS, Agenda, Launch, part_ranges, size_class
 
 SHARE = 16
 """A column is split when it is longer than so many of the longest rows: pieces then hold at most
@@ -96,7 +96,7 @@ def _agenda(agenda: Agenda, lists: Lists, *, longest: int, limit: int) -> Agenda
     last = torch.minimum(first + limit, length.gather(1, block))
     slot = torch.where(split.gather(1, block), first_slot.gather(1, block) + piece, -1)
     items = torch.stack([block, first, last, slot], 2).masked_fill(~used[..., None], -1)
-    size = _size_class(items[..., 2] - items[..., 1])
+    size = size_class(items[..., 2] - items[..., 1])
     order = torch.sort(size, dim=1, descending=True, stable=True).indices
     items = items.gather(1, order[..., None].expand_as(items)).to(torch.int32)
     splits = _splits(split, first_slot, pieces, most_splits)

@@ -215,7 +215,7 @@ def _items(
     device = length.device
     none = torch.empty(groups, 0, 3, dtype=torch.int32, device=device)
     if longest <= limit:
-        order = torch.sort(_size_class(length), dim=1, descending=True, stable=True).indices
+        order = torch.sort(size_class(length), dim=1, descending=True, stable=True).indices
         zero = torch.zeros_like(order)
         whole = torch.stack([order, zero, length.gather(1, order), zero - 1], 2)
         return whole.to(torch.int32), none, 0
@@ -231,7 +231,7 @@ def _items(
     last = torch.minimum(first + limit, length.flatten()[flat])
     slot = torch.where(split.flatten()[flat], first_slot.flatten()[flat] + piece, WHOLE)
     group = flat // rows
-    order = torch.sort(group * 64 - _size_class(last - first), stable=True).indices
+    order = torch.sort(group * 64 - size_class(last - first), stable=True).indices
     found = torch.stack([flat % rows, first, last, slot], 1)[order].to(torch.int32)
     items = _pad(found, per_group)
     chosen = split.flatten().nonzero()[:, 0]
@@ -267,7 +267,7 @@ def _mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) 
     return replace(launch, items=torch.cat([launch.items[..., :3], slot[..., None]], -1))
 
 
-def _size_class(length: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+def size_class(length: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """Bits of a length: long items start first, of about equal ones neighbours stay together."""
     powers = 2 ** torch.arange(32, device=length.device)
     return torch.bucketize(length, powers, right=True)

@@ -11,16 +11,14 @@ from pipelines.genomics.collection import Collection, collect
 from pipelines.genomics.evaluating import read_attributes, read_leaks, read_models, report
 from pipelines.genomics.splitting import assign, check_policy, describe, grouped, keep_apart
 from pipelines.genomics.train import check_training, train, with_built_in_records
-from pipelines.shared.conf_tree import read_root
 from pipelines.shared.errors import InputError
+from pipelines.shared.folds import folds_to_come, gather_predictions, train_folds
 from pipelines.shared.record import VOLATILE, RunState, is_main_process, make_folder, open_run
-from pipelines.shared.saved_predictions import TABLE, find_tables
 from pipelines.shared.splits import Rows, draw_folds
-from pipelines.shared.tables import read_table, write_table
+from pipelines.shared.tables import write_table
 
 SCHEMES = ("kfold", "monte_carlo", "given")
 _WAYS = ("record", "group", "cluster", "chromosome")
-_TRAIN = "genomics_train"
 _COLUMNS = ["id", "split", "group", "label"]
 
 
@@ -52,8 +50,9 @@ def crossval(config: dict[str, Any]) -> int:
         print(f"{out} holds this finished cross-validation; give another out= to train again")
         return 0
     places = [_write_split(out, number, table) for number, table in enumerate(tables)]
-    code = _train_all(config, out, [(places[fold], seed) for fold, seed in jobs])
-    missing = [str(job) for job in range(len(jobs)) if not _is_finished(out / f"fold_{job}")]
+    own = [{"splits": str(places[fold]), "seed": seed} for fold, seed in jobs]
+    code = train_folds(config, out, own, train=train, verb="genomics_train")
+    missing = folds_to_come(out, len(jobs))
     if missing:
         print(f"\nto come: fold={', '.join(missing)}; the last of them writes the report")
     elif is_main_process():
@@ -112,37 +111,9 @@ def _write_split(out: Path, number: int, table: pd.DataFrame) -> Path:
     return path
 
 
-def _train_all(config: dict[str, Any], out: Path, jobs: Sequence[tuple[Path, int]]) -> int:
-    """Run `train` in the folder of each fold and seed; the store is shared by all."""
-    own = {item.key for item in read_root(str(config["verb"])).settings} - {
-        item.key for item in read_root(_TRAIN).settings
-    }
-    shared = {key: value for key, value in config.items() if key not in own}
-    chosen = range(len(jobs)) if config["fold"] is None else [config["fold"]]
-    codes = []
-    for number in chosen:
-        folder, (splits, seed) = out / f"fold_{number}", jobs[number]
-        print(f"\n[fold {number} of 0 to {len(jobs) - 1}, seed {seed}] {folder}", flush=True)
-        if _is_finished(folder):
-            print("finished before")
-        fold = {
-            **shared,
-            "verb": _TRAIN,
-            "out": str(folder),
-            "splits": str(splits),
-            "seed": seed,
-        }
-        codes.append(train(fold))
-    return max(codes)
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / "metrics.json").exists()
-
-
 def _assess(config: dict[str, Any], out: Path, num_folds: int) -> None:
     models = read_models(out)
-    _gather(out)
+    gather_predictions(out)
     drawn = "the splits given" if config["scheme"] == "given" else f"{num_folds} folds"
     seeds = f"seeds {', '.join(map(str, config['seeds']))}"
     report(
@@ -155,15 +126,3 @@ def _assess(config: dict[str, Any], out: Path, num_folds: int) -> None:
         attributes=read_attributes(out, config, models),
         extra={"seeds": config["seeds"]},
     )
-
-
-def _gather(out: Path) -> None:
-    """Write all folds' predictions of all models into one table."""
-    parts = []
-    for model, paths in find_tables(out).items():
-        for number, path in enumerate(paths):
-            table = read_table(path)
-            table.insert(0, "fold", str(number))
-            table.insert(0, "model", model)
-            parts.append(table)
-    write_table(out / f"all_{TABLE}", pd.concat(parts, ignore_index=True))

@@ -1,10 +1,7 @@
 """`crossval`: every fold trained and tested, its models compared on the same patients."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from pipelines.pathology.cohort import TRUTH, UNITS
 from pipelines.pathology.evaluating import (
@@ -25,13 +22,9 @@ from pipelines.pathology.splitting import (
 )
 from pipelines.pathology.train import input_files, train
 from pipelines.shared.assessment import assess
-from pipelines.shared.conf_tree import read_root
 from pipelines.shared.errors import InputError
+from pipelines.shared.folds import folds_to_come, gather_predictions, train_folds
 from pipelines.shared.record import VOLATILE, RunState, is_main_process, open_run
-from pipelines.shared.saved_predictions import TABLE, find_tables
-from pipelines.shared.tables import read_table, write_table
-
-_TRAIN = "pathology_train"
 
 
 def crossval(config: dict[str, Any]) -> int:
@@ -62,8 +55,10 @@ def crossval(config: dict[str, Any]) -> int:
         print(f"{out} holds this finished cross-validation; give another out= to train again")
         return 0
     tables = write_folds(out, roster, folds)
-    code = _train_folds(config, out, tables)
-    missing = [str(k) for k in range(len(folds)) if not _is_finished(out / f"fold_{k}")]
+    features = config["features"] or str(out / "features")  # shared by all folds
+    jobs = [{"splits": str(table), "features": features} for table in tables]
+    code = train_folds(config, out, jobs, train=train, verb="pathology_train")
+    missing = folds_to_come(out, len(folds))
     if missing:
         print(f"\nfolds to come: {', '.join(missing)}; the last of them writes the report")
         return code
@@ -107,34 +102,6 @@ def _stratum(config: dict[str, Any]) -> str:
     return "event" if "survival" in config["task"]["name"] else "label"
 
 
-def _train_folds(config: dict[str, Any], out: Path, tables: Sequence[Path]) -> int:
-    """Run `train` in the folder of each fold; features are shared by all."""
-    own = {item.key for item in read_root(str(config["verb"])).settings} - {
-        item.key for item in read_root(_TRAIN).settings
-    }
-    shared = {key: value for key, value in config.items() if key not in own}
-    chosen = range(len(tables)) if config["fold"] is None else [config["fold"]]
-    codes = []
-    for number in chosen:
-        folder = out / f"fold_{number}"
-        print(f"\n[fold {number} of 0 to {len(tables) - 1}] {folder}", flush=True)
-        if _is_finished(folder):
-            print("finished before")
-        fold = {
-            **shared,
-            "verb": _TRAIN,
-            "out": str(folder),
-            "splits": str(tables[number]),
-            "features": config["features"] or str(out / "features"),
-        }
-        codes.append(train(fold))
-    return max(codes)
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / "metrics.json").exists()
-
-
 def _assess(config: dict[str, Any], out: Path, labels: Path, num_folds: int) -> None:
     models = read_models(out, config)
     found = assess(
@@ -146,20 +113,8 @@ def _assess(config: dict[str, Any], out: Path, labels: Path, num_folds: int) -> 
         resamples=config["resamples"],
         seed=config["seed"],
     )
-    _gather(out)
+    gather_predictions(out)
     title = f"Cross-validation, {num_folds} folds by {config['scheme']}"
     if config["splits"]:
         title = f"Cross-validation, {num_folds} given folds"
     write_assessment(out, found, title=title, run=out, config={**config, "labels": str(labels)})
-
-
-def _gather(out: Path) -> None:
-    """Write all folds' predictions of all models into one table."""
-    parts = []
-    for model, paths in find_tables(out).items():
-        for number, path in enumerate(paths):
-            table = read_table(path)
-            table.insert(0, "fold", str(number))
-            table.insert(0, "model", model)
-            parts.append(table)
-    write_table(out / f"all_{TABLE}", pd.concat(parts, ignore_index=True))
