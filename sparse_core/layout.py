@@ -348,18 +348,9 @@ def _shift_flags(part: Part, shift: int) -> Part:
     return replace(part, program=tuple(numbers))
 
 
-CONSTANTS = (
-    "stride", "size", "program", "pattern", "part_numbers", "affine", "regular", "num_tokens",
-    "num_slots", "num_states",
-    "complete", "fresh", "spacing", "num_chosen", "num_near", "whole", "causal",
-)  # fmt: skip
-"""Fields that are no tensors."""
-
-
-def register_pytree(cls: type) -> None:
-    """Make a dataclass of tensors, nested values and constants a pytree."""
-    children = [f.name for f in fields(cls) if f.name not in CONSTANTS]
-    constants = [f.name for f in fields(cls) if f.name not in children]
+def register_pytree(cls: type, *constants: str) -> None:
+    """Make a dataclass a pytree: of tensors and nested values, except the named constants."""
+    children = [f.name for f in fields(cls) if f.name not in constants]
 
     def flatten(value: object) -> tuple[list[object], tuple[object, ...]]:
         return [getattr(value, n) for n in children], tuple(getattr(value, n) for n in constants)
@@ -383,5 +374,10 @@ def register_pytree(cls: type) -> None:
     )
 
 
-for _cls in (Blocks, Lists, Part, Launch, Agenda, Schedule, BlockLayout):
-    register_pytree(_cls)
+register_pytree(Blocks, "stride", "size", "num_tokens", "regular")
+register_pytree(Lists)
+register_pytree(Part, "program")
+register_pytree(Launch, "part_numbers", "affine", "num_slots")
+register_pytree(Agenda, "num_states", "complete", "fresh")
+register_pytree(Schedule, "spacing")
+register_pytree(BlockLayout, "pattern")

@@ -67,7 +67,7 @@ class RoutedLayout:
         return moved
 
 
-register_pytree(RoutedLayout)
+register_pytree(RoutedLayout, "num_chosen", "num_near", "whole", "causal")
 
 
 def build_routed_layout(

@@ -211,10 +211,10 @@ def query_kernel(
         own, block, tile, num_queries, OWN_INDEXED, OWN_REGULAR, BLOCK_OWN
     )
     line = sample * num_heads + head
-    q += sample * stride_qb + head * stride_qh.to(tl.int64)
-    k += sample * stride_kb + kv_head * stride_kh.to(tl.int64)
-    v += sample * stride_vb + kv_head * stride_vh.to(tl.int64)
-    grad_out += sample * stride_gb + head * stride_gh.to(tl.int64)
+    q += sample * stride_qb + head.to(tl.int64) * stride_qh
+    k += sample * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v += sample * stride_vb + kv_head.to(tl.int64) * stride_vh
+    grad_out += sample * stride_gb + head.to(tl.int64) * stride_gh
     out += (sample * num_queries * num_heads + head) * D
     if key_bias is not None:
         key_bias += sample * num_keys
@@ -482,10 +482,10 @@ def key_kernel(
         own, block, tile, num_keys, OWN_INDEXED, OWN_REGULAR, BLOCK_OWN
     )
     line = sample * num_heads + head
-    q += sample * stride_qb + head * stride_qh.to(tl.int64)
-    k += sample * stride_kb + kv_head * stride_kh.to(tl.int64)
-    v += sample * stride_vb + kv_head * stride_vh.to(tl.int64)
-    grad_out += sample * stride_gb + head * stride_gh.to(tl.int64)
+    q += sample * stride_qb + head.to(tl.int64) * stride_qh
+    k += sample * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v += sample * stride_vb + kv_head.to(tl.int64) * stride_vh
+    grad_out += sample * stride_gb + head.to(tl.int64) * stride_gh
     own_bias = None
     if key_bias is not None:
         own_bias = tl.load(key_bias + sample * num_keys + tokens, mask=exists, other=0.0)

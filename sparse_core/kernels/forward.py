@@ -211,9 +211,9 @@ def forward_kernel(
         own, block, tile, num_queries, OWN_INDEXED, OWN_REGULAR, BLOCK_OWN
     )
     row = (sample * num_heads + head) * num_queries
-    q += sample * stride_qb + head * stride_qh.to(tl.int64)
-    k += sample * stride_kb + kv_head * stride_kh.to(tl.int64)
-    v += sample * stride_vb + kv_head * stride_vh.to(tl.int64)
+    q += sample * stride_qb + head.to(tl.int64) * stride_qh
+    k += sample * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v += sample * stride_vb + kv_head.to(tl.int64) * stride_vh
     if key_bias is not None:
         key_bias += sample * num_keys
     slope = None

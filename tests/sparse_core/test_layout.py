@@ -1,8 +1,9 @@
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Bool
@@ -17,12 +18,16 @@ from sparse_core.patterns import (
     DilatedSegments,
     DilatedWindow,
     GlobalTokens,
+    Hierarchical,
     Pattern,
     RandomBlocks,
+    Routed,
     SlidingWindow,
     Strided,
 )
 from sparse_core.patterns.terms import Tokens
+from sparse_core.pooling import build_pooled_layout
+from sparse_core.routing import build_routed_layout
 from sparse_core.testing import make_tissue
 
 
@@ -304,3 +309,27 @@ def test_memory_grows_with_the_length() -> None:
     pattern = SlidingWindow(256) | GlobalTokens(16)
     short, long = build_layout(pattern, 2**16), build_layout(pattern, 2**18)
     assert long.nbytes() < 4.2 * short.nbytes()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        build_layout(PATTERNS[-1], 100, segments=[30, 70]),
+        build_layout(EvenSum(), 100, num_kv_heads=2),
+        build_pooled_layout(Hierarchical(cell=8) | GlobalTokens(2), 100, segments=[30, 70]),
+        build_routed_layout(Routed(16, 2) | GlobalTokens(2), 100, segments=[30, 70]),
+    ],
+    ids=["parts", "bits", "pooled", "routed"],
+)
+def test_all_of_a_layout_moves_and_nothing_else_is_a_leaf(layout: BlockLayout) -> None:
+    leaves = pytree.tree_leaves(layout.to("meta"))
+    assert all(isinstance(leaf, Tensor) and leaf.device.type == "meta" for leaf in leaves)
+
+    def every_tensor(value: object) -> int:
+        if isinstance(value, Tensor):
+            return 1
+        if isinstance(value, tuple):
+            return sum(map(every_tensor, value))
+        return sum(map(every_tensor, vars(value).values())) if is_dataclass(value) else 0
+
+    assert every_tensor(layout) == len(leaves)
