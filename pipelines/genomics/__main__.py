@@ -100,15 +100,14 @@ VERBS = {
         ),
     ),
     "predict": Verb(
-        summary="Predict records, intervals or variants with a trained model.",
+        summary="Predict records or intervals with a trained model.",
         config="genomics_predict",
         function="pipelines.genomics.predict:predict",
-        path_keys=("sequences", "ckpt", "out", "store", "intervals", "variants"),
+        path_keys=("sequences", "ckpt", "out", "store", "intervals"),
         required=("ckpt",),
         examples=(
             "sequences=RECORDS.fa.gz ckpt=runs/genomics/model.ckpt out=predictions",
             "sequences=GENOME.fa intervals=PEAKS.narrowPeak width=500 ckpt=MODEL.ckpt",
-            "sequences=GENOME.fa variants=CALLS.vcf.gz ckpt=MODEL.ckpt",
             "sequences=GENOME.fa ckpt=MODEL.ckpt outputs=[tsv,parquet,embeddings,bigwig]",
         ),
     ),

@@ -18,15 +18,13 @@ from pipelines.genomics.alphabet import NUM_BASES, encode, reverse_complement
 from pipelines.genomics.ingest import require_input
 from pipelines.genomics.lines import read_lines
 from pipelines.genomics.predict import ModelRun
-from pipelines.genomics.selection import describe_variants, select_variants
+from pipelines.genomics.selection import check_variants, describe_variants, select_variants
 from pipelines.genomics.store import SequenceStore
 from pipelines.genomics.variants import (
-    POLICIES,
     PlacedVariant,
     ReferencePolicy,
     allele_windows,
 )
-from pipelines.shared.errors import InputError
 from pipelines.shared.study import DECIMALS
 from pipelines.shared.tables import write_table
 
@@ -37,12 +35,8 @@ _NUM_COLUMNS = 8
 def variants(config: dict[str, Any]) -> int:
     """Score every allele; 0, or 3 if some fell out and are listed."""
     require_input(config)
-    if config["check_ref"] not in POLICIES:
-        raise InputError(f"check_ref is {', '.join(POLICIES)}; got {config['check_ref']!r}")
-    if not Path(config["variants"]).is_file():
-        raise InputError(f"variants={config['variants']}: no such file; check the path")
-    # what a run of `predict` knows beside
-    return _VariantRun({**config, "intervals": None, "outputs": ["tsv"]}).score_variants()
+    check_variants(config)
+    return _VariantRun({**config, "outputs": ["tsv"]}).score_variants()
 
 
 @dataclass(frozen=True, slots=True)

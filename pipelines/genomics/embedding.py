@@ -39,7 +39,7 @@ PER = ("sequence", "base")
 def embed(config: dict[str, Any]) -> int:
     """Embed every record or interval; 0, or 3 if some fell out and are listed."""
     require_input(config)
-    config = {**config, "variants": None, "check_ref": "error", "outputs": ["embeddings"]}
+    config = {**config, "outputs": ["embeddings"]}
     check_settings(config)
     if config["per"] not in PER:
         raise InputError(f"per is {' or '.join(PER)}; got {config['per']!r}")

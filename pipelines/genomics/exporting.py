@@ -19,6 +19,7 @@ from pipelines.genomics.placing import Placed, fetch, fetch_mask
 from pipelines.genomics.progress import track
 from pipelines.genomics.selection import (
     check_settings,
+    check_variants,
     describe_variants,
     open_store,
     select_intervals,
@@ -39,6 +40,10 @@ def export(config: dict[str, Any]) -> int:
     """Write what was asked for; 0, or 3 if intervals or alleles fell out and are listed."""
     require_input(config)
     check_settings(config)
+    if config["variants"]:
+        if config["intervals"]:
+            raise InputError("intervals= and variants= are two exports; give one of them")
+        check_variants(config)
     if type(config["line_width"]) is not int or config["line_width"] < 0:
         raise InputError(f"line_width is 0 or more letters; got {config['line_width']!r}")
     out = Path(config["out"])

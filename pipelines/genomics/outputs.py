@@ -23,13 +23,11 @@ TRACKS = ("bedgraph", "bigwig")
 EMBEDDINGS_SCHEMA = "gigasparse-embeddings/1"
 
 
-def check_outputs(kinds: Sequence[str], *, variants: bool) -> None:
+def check_outputs(kinds: Sequence[str]) -> None:
     """Raise InputError for an output that there is not, or that cannot be written here."""
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise InputError(f"outputs are of {', '.join(KINDS)}; got {', '.join(kinds) or 'none'}")
-    if variants and set(kinds).intersection(TRACKS):
-        raise InputError("bedgraph and bigwig are scores along the sequences, not of variants=")
     if "parquet" in kinds and importlib.util.find_spec("pyarrow") is None:
         raise InputError("parquet needs the package pyarrow: pip install 'gigasparse[parquet]'")
     if "bigwig" in kinds:

@@ -1,4 +1,4 @@
-"""`predict`: sequences and a model to one row per record, interval or variant, in input order."""
+"""`predict`: sequences and a model to one row per record or interval, in input order."""
 
 import hashlib
 import shutil
@@ -20,15 +20,12 @@ from pipelines.genomics.outputs import (
 )
 from pipelines.genomics.scoring import Scores, score_windows
 from pipelines.genomics.selection import (
-    Alleles,
     Intervals,
     Sequences,
     Windows,
     check_settings,
-    describe_variants,
     open_store,
     select_intervals,
-    select_variants,
 )
 from pipelines.genomics.tokenizers import (
     BaseTokenizer,
@@ -40,19 +37,18 @@ from pipelines.genomics.tokenizers import (
 from pipelines.shared.checkpoint import LoadedModel, load_model
 from pipelines.shared.errors import InputError
 from pipelines.shared.record import RunState, finish_run, make_folder, open_run
-from pipelines.shared.study import DECIMALS, probability_table
+from pipelines.shared.study import probability_table
 from pipelines.shared.tables import Failure, write_failures
 
 
 def predict(config: dict[str, Any]) -> int:
-    """Predict every record, interval or variant; 0, or 3 if some fell out and are listed."""
+    """Predict every record or interval; 0, or 3 if some fell out and are listed."""
     require_input(config)
     check_settings(config)
     if isinstance(config["outputs"], str):
         config = {**config, "outputs": [config["outputs"]]}
-    check_outputs(config["outputs"], variants=bool(config["variants"]))
-    run = ModelRun(config)
-    return run.predict_variants() if config["variants"] else run.predict_intervals()
+    check_outputs(config["outputs"])
+    return ModelRun(config).predict_intervals()
 
 
 class ModelRun:
@@ -113,25 +109,6 @@ class ModelRun:
         )
         return self._finish(written, table, windows, selection.failures)
 
-    def predict_variants(self) -> int:
-        """Predict both alleles of every variant."""
-        checked = select_variants(self.config, self.store)
-        table = describe_variants(checked, self.store)
-        alleles = Alleles(self.store, checked.placed, self.context, self.config["check_ref"])
-        names = [f"{name}:{allele}" for name in table["id"] for allele in ("ref", "alt")]
-        windows = self._windows(alleles, names)
-        scores = self._score(windows, table, checked.notes(), checked.failures)
-        if scores is None:
-            return 3 if checked.failures else 0
-        probabilities = scores.by_sequence(windows.records).round(DECIMALS)
-        for column, name in enumerate(self.classes):
-            ref, alt = probabilities[0::2, column], probabilities[1::2, column]
-            table[f"ref_{name}"], table[f"alt_{name}"] = ref, alt
-            table[f"delta_{name}"] = (alt - ref).round(DECIMALS)
-        written = write_predictions(self.out, table, self.config["outputs"])
-        written += self._embeddings(scores, windows, names)
-        return self._finish(written, table, windows, checked.failures)
-
     def _windows(self, sequences: Sequences, names: list[str]) -> Windows:
         return Windows(
             sequences,
@@ -151,8 +128,7 @@ class ModelRun:
         """Score the windows; None for a dry run, and where the results are there already."""
         for note in notes:
             print(f"note: {note}")
-        kinds = {"variants": "variants", "intervals": "intervals"}
-        kind = next((name for key, name in kinds.items() if self.config[key]), "records")
+        kind = next((key for key in ("variants", "intervals") if self.config.get(key)), "records")
         bases = int(windows.sequences.lengths.sum())
         print(f"{kind}: {len(table):,}, bases: {bases:,}, windows: {len(windows):,}")
         if self.config["dry_run"]:

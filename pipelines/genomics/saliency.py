@@ -46,7 +46,7 @@ _LOGO_BASES = 100
 def saliency(config: dict[str, Any]) -> int:
     """Map the chosen sequences; 0, or 3 if some fell out and are listed."""
     require_input(config)
-    config = {**config, "variants": None, "check_ref": "error", "outputs": ["tsv"]}
+    config = {**config, "outputs": ["tsv"]}
     check_settings(config)
     if config["focus"] is not None and config["focus"] < 1:
         raise InputError(f"focus is a number of bases, 1 or more; got {config['focus']}")

@@ -1,4 +1,4 @@
-"""What a verb works on: the records of a store, intervals of them, or the alleles of variants."""
+"""What a verb works on: the records of a store, intervals of them, or variants."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +22,6 @@ from pipelines.genomics.tokenizers import Tokenizer
 from pipelines.genomics.variants import (
     POLICIES,
     CheckedVariants,
-    PlacedVariant,
-    allele_windows,
     check_reference,
     read_vcf,
 )
@@ -65,27 +63,6 @@ class Intervals:
     def where(self, index: int, start: int, end: int) -> list[Part]:
         """Where these bases lie on the record."""
         return self.placed[index].cut(start, end)
-
-
-class Alleles:
-    """Windows around variants, two each: with REF (even numbers) and with ALT (odd ones)."""
-
-    def __init__(
-        self, store: SequenceStore, placed: Iterable[PlacedVariant], width: int, policy: Any
-    ) -> None:
-        self.store, self.placed, self.width, self.policy = store, tuple(placed), width, policy
-        # ALT of a short record is longer or shorter than it
-        pairs = (self._windows(index) for index in range(len(self.placed)))
-        sizes = [(ref.size, alt.size) for ref, alt in pairs]
-        self.lengths = np.array(sizes, dtype=np.int64).reshape(-1)
-
-    def read(self, index: int, start: int, end: int) -> UInt8[ndarray, "T"]:
-        """Read the bases [start, end) of a window."""
-        return self._windows(index // 2)[index % 2][start:end]
-
-    def _windows(self, index: int) -> tuple[UInt8[ndarray, "W"], UInt8[ndarray, "W"]]:
-        _, ref, alt = allele_windows(self.store, self.placed[index], self.width, policy=self.policy)
-        return ref, alt
 
 
 class Windows:
@@ -142,26 +119,34 @@ class Selection:
 
 def check_settings(config: Mapping[str, Any]) -> None:
     """Raise InputError for settings of a selection that go together with nothing."""
-    if config["intervals"] and config["variants"]:
-        raise InputError("intervals= and variants= are two runs; give one of them")
     if config["past_end"] not in PAST_END:
         raise InputError(f"past_end is {', '.join(PAST_END)}; got {config['past_end']!r}")
-    if config["check_ref"] not in POLICIES:
-        raise InputError(f"check_ref is {', '.join(POLICIES)}; got {config['check_ref']!r}")
     for key in ("feature", "width"):
         if config[key] is not None and not config["intervals"]:
             raise InputError(f"{key}= goes with intervals=FILE")
     if config["width"] is not None and (type(config["width"]) is not int or config["width"] < 1):
         raise InputError(f"width is a whole number of bases above 0; got {config['width']!r}")
-    for key in ("intervals", "variants"):
-        if config[key] and not Path(config[key]).is_file():
-            raise InputError(f"{key}={config[key]}: no such file; check the path")
+    if config["intervals"]:
+        require_file(config, "intervals")
+
+
+def check_variants(config: Mapping[str, Any]) -> None:
+    """Raise InputError for a policy that there is not, and a VCF that is not there."""
+    if config["check_ref"] not in POLICIES:
+        raise InputError(f"check_ref is {', '.join(POLICIES)}; got {config['check_ref']!r}")
+    require_file(config, "variants")
+
+
+def require_file(config: Mapping[str, Any], key: str) -> None:
+    """Raise InputError unless the setting names a file."""
+    if not Path(config[key]).is_file():
+        raise InputError(f"{key}={config[key]}: no such file; check the path")
 
 
 def open_store(config: Mapping[str, Any], out: Path) -> SequenceStore:
     """Return the store of `sequences` or `store`, with the labels beside them if records count."""
     columns = {role: config["columns"][role] for role in ROLES}
-    records = not (config["intervals"] or config["variants"])
+    records = not (config.get("intervals") or config.get("variants"))
     return provide_store({**config, "columns": columns}, out, with_labels=records)
 
 

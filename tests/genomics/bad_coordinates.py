@@ -201,8 +201,7 @@ ROWS_C = [
     ("another alphabet", model(another_alphabet), PREDICT, 2, ["'ACGT'", "train again"]),
     ("a network of another vocabulary", model(words_of_three), PREDICT, 2, ["{input}", "80"]),
     ("an output there is not", model(), [*PREDICT, "outputs=[bam]"], 2, ["parquet", "got bam"]),
-    ("tracks of variants", model(), [*PREDICT, "variants={input}", "outputs=[bigwig]"], 2,
-     ["bigwig", "variants="]),
+    ("variants of the other verb", model(), [*PREDICT, "variants={input}"], 2, ["variants"]),
     ("width without intervals", model(), [*PREDICT, "width=5"], 2, ["width= goes with intervals="]),
     # real files
     ("real: pyfaidx's malformed BED", "pyfaidx_malformed.bed",

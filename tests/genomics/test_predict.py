@@ -1,4 +1,4 @@
-"""predict and export through the command line: intervals, variants, every output read back."""
+"""predict and export through the command line: intervals, every output read back."""
 
 import gzip
 import json
@@ -193,34 +193,6 @@ def test_labels_of_a_table_stand_beside_the_predictions(genome, ckpt, tmp_path):
     table = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
     assert table["id"].tolist() == list(records)
     assert table["label"].tolist() == ["n", "y", "n"]
-
-
-def test_both_alleles_of_variants_are_predicted(genome, network, ckpt, tmp_path):
-    path, records = genome
-    text = records["chr2"]
-    vcf = tmp_path / "calls.vcf"
-    alt = "A" if text[99] != "A" else "C"
-    lines = [
-        "##fileformat=VCFv4.2",
-        f"chr2\t100\tsnv\t{text[99]}\t{alt}",
-        f"chr2\t150\tins\t{text[149]}\t{text[149]}{alt * 3},<DEL>",
-    ]
-    vcf.write_text("\n".join(lines) + "\n")
-    out = tmp_path / "out"
-    code = run("predict", f"sequences={path}", f"variants={vcf}", f"ckpt={ckpt}", f"out={out}")
-    assert code == 3
-    table = pd.read_csv(out / "predictions.tsv", sep="\t").set_index("id")
-    assert table.index.tolist() == ["snv", "ins"]
-    assert table["ref_match"].all()
-    window = text[99 - 20 : 99 + 20]
-    ref, changed = (
-        probability(network, window),
-        probability(network, window[:20] + alt + window[21:]),
-    )
-    assert table.loc["snv", "ref_yes"] == pytest.approx(ref, abs=2e-6)
-    assert table.loc["snv", "alt_yes"] == pytest.approx(changed, abs=2e-6)
-    assert table.loc["snv", "delta_yes"] == pytest.approx(changed - ref, abs=3e-6)
-    assert pd.read_csv(out / "failures.csv")["status"].tolist() == ["no_sequence"]
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_no_results(genome, ckpt, tmp_path, capsys):
