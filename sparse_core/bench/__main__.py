@@ -22,6 +22,7 @@ from sparse_core.bench.contenders import contenders
 from sparse_core.bench.encoder import run_encoder
 from sparse_core.bench.host import host_lines, memory_of_one_call
 from sparse_core.bench.layouts import measure_layouts
+from sparse_core.bench.long_range import run_long_range
 from sparse_core.bench.measure import is_alive, measure_case
 from sparse_core.bench.record import Record, describe_machine, new_run, write_aside
 from sparse_core.bench.tables import markdown, progress
@@ -59,11 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no case {', '.join(sorted(unknown))}; --list shows them all")
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
-    if given.encoder:
+    if given.encoder or given.long_range:
         if not torch.cuda.is_available():
-            parser.error("the encoder is measured on a CUDA device, and there is none here")
+            parser.error("this is measured on a CUDA device, and there is none here")
         device = torch.device("cuda")
-        return run_encoder(describe_machine(device), given.out, device)
+        measure = run_encoder if given.encoder else run_long_range
+        return measure(describe_machine(device), given.out, device)
     if torch.cuda.is_available():
         plan = Plan(
             tuple(case for case in CASES if not names or case.name in names),
@@ -146,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--encoder", action="store_true", help="training steps of a whole encoder instead"
+    )
+    parser.add_argument(
+        "--long-range", action="store_true", help="routing and pooled cells instead"
     )
     parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -1,4 +1,7 @@
-"""Training steps of a whole encoder: 12 layers of 768, 12 heads, window +-512, bf16, batch 1."""
+"""Training steps of whole encoders, 12 layers of 768, bf16, batch 1.
+
+A window of +-512 with 12 heads, and GigaPath's shape (Xu et al. 2024): LongNet with 16 heads of 48.
+"""
 
 import gc
 import json
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse_core.bench.record import Machine, write_aside
 from sparse_core.nn import SparseEncoder
-from sparse_core.patterns import SlidingWindow
+from sparse_core.patterns import DilatedSegments, Pattern, SlidingWindow
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,19 @@ class Setting:
     dim: int = 768
     depth: int = 12
     heads: int = 12
-    radius: int = 512
+    name: str = "window"
 
+
+LONGNET = sum(
+    (
+        DilatedSegments(segment, dilation)
+        for segment, dilation in ((5_792, 2), (32_768, 4), (185_363, 8), (1_048_576, 16))
+    ),
+    start=DilatedSegments(1_024),
+)
+"""Segments and dilations of GigaPath's slide encoder."""
+
+PATTERNS: dict[str, Pattern] = {"window": SlidingWindow(512), "LongNet": LONGNET}
 
 SETTINGS: tuple[Setting, ...] = tuple(
     Setting(tokens, checkpointing, compiled=True)
@@ -36,6 +50,9 @@ SETTINGS: tuple[Setting, ...] = tuple(
         (262_144, True),
         (1_048_576, True),
     )
+) + tuple(
+    Setting(tokens, checkpointing, compiled=True, heads=16, name="LongNet")
+    for tokens, checkpointing in ((65_536, False), (262_144, False), (262_144, True))
 )
 
 
@@ -67,7 +84,7 @@ def _measure(setting: Setting, device: torch.device, repeats: int) -> StepFigure
         setting.dim,
         setting.depth,
         setting.heads,
-        SlidingWindow(setting.radius),
+        PATTERNS[setting.name],
         checkpointing=setting.checkpointing,
         compiled=setting.compiled,
     ).to(device)
@@ -121,15 +138,16 @@ def run_encoder(machine: Machine, folder: Path | None, device: torch.device) -> 
 def table(figures: list[StepFigure]) -> list[str]:
     """Write the figures as a Markdown table."""
     head = (
-        "| tokens | computed again | compiled | step ms | tokens/s | peak GiB | activations GiB |"
+        "| pattern | tokens | computed again | compiled | step ms | tokens/s | peak GiB | "
+        "activations GiB |"
     )
-    return [head, "|--:|---|---|--:|--:|--:|--:|", *map(_line, figures)]
+    return [head, "|---|--:|---|---|--:|--:|--:|--:|", *map(_line, figures)]
 
 
 def _line(figure: StepFigure) -> str:
     setting = figure.setting
     flags = [("yes" if flag else "no") for flag in (setting.checkpointing, setting.compiled)]
-    cells = [f"{setting.tokens:,}", *flags]
+    cells = [setting.name, f"{setting.tokens:,}", *flags]
     if figure.step_ms is None or figure.peak_bytes is None or figure.activation_bytes is None:
         cells += [figure.failure or "-", "-", "-", "-"]
     else:

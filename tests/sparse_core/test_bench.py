@@ -21,8 +21,11 @@ from sparse_core.bench.check import (
     row_errors,
 )
 from sparse_core.bench.contenders import contenders, prepare_ours
+from sparse_core.bench.encoder import SETTINGS, StepFigure
+from sparse_core.bench.encoder import table as encoder_table
 from sparse_core.bench.flex_mask import mask_mod, raster_order
 from sparse_core.bench.layouts import LayoutFigure
+from sparse_core.bench.long_range import Row, ratios, run_long_range
 from sparse_core.bench.record import Figure, Figures, Record, relative_cost, speedup
 from sparse_core.bench.tables import markdown, summary
 from sparse_core.patterns import (
@@ -439,3 +442,41 @@ def test_unreadable_record_is_refused(tmp_path: Path) -> None:
 def _written_out(mod: object, tokens: int) -> Tensor:
     mask: Tensor = create_mask(mod, 1, 1, tokens, tokens, device="cpu")  # type: ignore[arg-type]
     return mask[0, 0]
+
+
+# whole encoders, and what reaches far
+
+
+def test_encoder_rows_name_their_pattern_and_what_did_not_fit() -> None:
+    lines = encoder_table([StepFigure(SETTINGS[0], 100.0, 2**31, 2**30)])
+    assert lines[-1] == "| window | 65,536 | no | yes | 100.0 | 655,360 | 2.0 | 1.0 |"
+    lines = encoder_table([StepFigure(SETTINGS[-1], failure="out of memory")])
+    assert lines[-1].startswith("| LongNet | 262,144 | yes | yes | out of memory |")
+
+
+def test_long_range_table_and_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_long_range({"GPU": "none"}, tmp_path, CPU, tokens=300, dense_tokens=(150,)) == 0
+    held = json.loads((tmp_path / "long_range.json").read_text())
+    assert [row["name"] for row in held["rows"]] == [
+        "window", "choosing", "routed", "hierarchical", "routed", "dense",
+    ]  # fmt: skip
+    assert all(row["forward_ms"] > 0 for row in held["rows"])
+    assert (tmp_path / "long_range.md").read_text() in capsys.readouterr().out
+
+
+def test_choosing_is_weighed_against_what_it_routes() -> None:
+    rows = [
+        Row("window", 1000, 10.0, 20.0, 100),
+        Row("choosing", 1000, 5.0, 0.0, 1),
+        Row("routed", 1000, 15.0, 40.0, 150),
+        Row("hierarchical", 1000),
+        Row("routed", 10, 1.0, 1.0, 1),
+        Row("dense", 10, 3.0, 3.0, 1),
+    ]
+    assert ratios(rows) == [
+        "- choosing at 1,000 tokens takes 0.10 of forward and backward of the attention that it "
+        "routes",
+        "- routed at 1,000 tokens takes 1.83 of the window's time",
+        "- routed attention holds 1.50 of the window's peak",
+        "- routed at 10 tokens is 3.00 x as fast as dense",
+    ]
