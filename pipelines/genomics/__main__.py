@@ -46,7 +46,7 @@ VERBS = {
         examples=(
             "sequences=GENOME.fa.gz val=chrIV out=runs/backbone",
             "sequences=GENOMES.fa.gz model=small context=4096 soft_mask_weight=0.1 mask_span=3",
-            "sequences=GENOME.fa guess=causal kernel=1 "
+            "sequences=GENOME.fa guess=causal stem=none "
             "pattern.expression='SlidingWindow(radius=64) & Causal()'",
         ),
     ),

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pipelines.genomics.alphabet import COMPLEMENT, NUM_BASES
 from pipelines.genomics.model import DnaClassifier
@@ -63,15 +64,9 @@ def input_gradient(
     The mean says what would change if a base were partly all four at once, which no DNA is
     (Majdandzic et al. 2023, equation 5). With rc=average it is the mean over both strands.
     """
-    assert isinstance(network.stem, ConvolutionStem), "bases are looked at by a convolution"
     network.to(device).eval()
     seen: list[Tensor] = []
-
-    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(given[0].detach().requires_grad_())
-        return (seen[-1],)
-
-    hook = network.stem.convolution.register_forward_pre_hook(keep)
+    hook = _watch(network.stem, seen)
     try:
         with torch.enable_grad():
             batch = pack([_example(bases)]).to(device)
@@ -79,11 +74,39 @@ def input_gradient(
             slopes = torch.autograd.grad(score, seen)
     finally:
         hook.remove()
-    maps = [slope[0, :, : bases.size].T.double().cpu().numpy() for slope in slopes]
+    maps = [_by_letter(network.stem, slope, bases.size) for slope in slopes]
     if len(maps) > 1:  # the second is of the other strand
         maps[1] = maps[1][::-1, COMPLEMENT]
     whole = np.sum(maps, axis=0)[:, 1 : NUM_BASES + 1]
     return whole - whole.mean(axis=1, keepdims=True)
+
+
+def _watch(stem: nn.Module, seen: list[Tensor]) -> RemovableHandle:
+    """Keep what the stem is given of each letter, or makes of it, to take gradients by."""
+
+    def keep_letters(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(given[0].detach().requires_grad_())
+        return (seen[-1],)
+
+    def keep_vectors(_: nn.Module, __: tuple[Tensor, ...], vectors: Tensor) -> Tensor:
+        seen.append(vectors.detach().requires_grad_())
+        return seen[-1]
+
+    if isinstance(stem, ConvolutionStem):
+        return stem.convolution.register_forward_pre_hook(keep_letters)
+    return stem.get_submodule("embedding").register_forward_hook(keep_vectors)
+
+
+def _by_letter(stem: nn.Module, slope: Tensor, length: int) -> Float[ndarray, "T L"]:
+    """Gradient by the one-hot letters; of an embedding, which is linear in them, through it."""
+    if isinstance(stem, ConvolutionStem):
+        found = slope[0, :, :length].T
+    else:
+        weight = stem.get_submodule("embedding").weight
+        assert isinstance(weight, Tensor), "letters have vectors"
+        found = slope @ weight.detach().T
+    letters: Float[ndarray, "T L"] = found.double().cpu().numpy()
+    return letters
 
 
 def importance(changes: Map) -> Float[ndarray, "T"]:

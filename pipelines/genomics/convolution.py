@@ -20,8 +20,13 @@ _SHORTEST = 57
 class BenchmarkCnn(nn.Module):
     """Three convolutions of 8 bases, halved by pooling each, and two products.
 
-    Bases are embedded in 100 channels, which become 16, 8 and 4. Sequences have up to `num_bases`,
-    to which shorter ones are filled up, but to 57 at least. It knows nothing of coordinates.
+    Bases are embedded in 100 channels, which become 16, 8 and 4; each convolution is normalised
+    over the batch, rectified, and halved by its larger neighbours; 512 hidden channels are read
+    linearly. Sequences have up to `num_bases`, to which shorter ones are filled up, but to 57 at
+    least. It knows nothing of coordinates. Layers and sizes are those of the network that Grešová
+    et al. (Genomic benchmarks, BMC Genomic Data 2023, table 2) publish as
+    `genomic_benchmarks.models.torch.CNN`, with the embedding of their experiments (100); theirs
+    has one number for two classes, with a sigmoid, where this has two and takes more classes.
     """
 
     def __init__(self, num_bases: int, num_classes: int) -> None:

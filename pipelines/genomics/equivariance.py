@@ -51,14 +51,9 @@ def refuse_asymmetric(pattern: str | list[str] | None, depth: int) -> None:
 
 def share_between_strands(network: SequenceClassifier) -> None:
     """Tie the weights of a network on bases, so that it reads both strands alike."""
-    stem = network.stem
-    assert isinstance(stem, ConvolutionStem), "bases are looked at by a convolution"
-    dim = stem.convolution.out_channels
+    dim = network.registers.shape[1]
     swap = _swap(dim)
-    complement = torch.from_numpy(COMPLEMENT.astype("int64"))
-    turned = torch.arange(stem.convolution.kernel_size[0] - 1, -1, -1)
-    _tie(stem.convolution, swap, complement, turned)
-    _tie(stem.project[1], swap, swap)
+    _tie_stem(network.stem, swap)
     for module in network.encoder.modules():
         if isinstance(module, nn.LayerNorm):
             _tie(module, swap)
@@ -75,6 +70,18 @@ def share_between_strands(network: SequenceClassifier) -> None:
             out = torch.arange(1) if name.endswith("score") else swap
             _tie(module, out, swap)
     network.head = nn.Sequential(EvenOut(dim), *network.head)
+
+
+def _tie_stem(stem: nn.Module, swap: Int64[Tensor, " E"]) -> None:
+    complement = torch.from_numpy(COMPLEMENT.astype("int64"))
+    if isinstance(stem, ConvolutionStem):
+        turned = torch.arange(stem.convolution.kernel_size[0] - 1, -1, -1)
+        _tie(stem.convolution, swap, complement, turned)
+        _tie(stem.project[1], swap, swap)
+        return
+    embedding, norm = stem.get_submodule("embedding"), stem.get_submodule("norm")
+    _tie(embedding, complement, swap)
+    _tie(norm, swap)
 
 
 class EvenOut(nn.Module):

@@ -1,4 +1,4 @@
-"""The sequence classifier for DNA: bases, a convolution, the sparse encoder; one strand or both."""
+"""The network for DNA: bases, maybe a convolution, the sparse encoder; one strand or both."""
 
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -21,6 +21,10 @@ STRANDS = get_args(Strands)
 """How the other strand is dealt with: not at all; half of the training windows are read from it;
 this, and predictions are the mean of both; or by a network to which both are the same."""
 
+Stem = Literal["convolution", "none"]
+STEMS = get_args(Stem)
+"""What turns bases into tokens: a convolution that sees several, or nothing but their embedding."""
+
 _FEW_TOKENS = 64
 """Up to so many kinds of tokens are bases, which are looked at several at a time."""
 
@@ -28,18 +32,20 @@ _FEW_TOKENS = 64
 class DnaClassifier(SequenceClassifier):
     """Classify records of bases; `config` holds what `DnaClassifier(**config)` needs.
 
-    `kernel` bases are seen by the stem, which makes a token of each `stem_stride` bases;
-    coordinates stay those of bases. The `num_tokens` of a tokenizer whose tokens are words (k-mers,
-    byte pairs) are embedded instead, one by one. With `rc="average"` the network, once trained,
-    says the mean of both strands; with "equivariant" its weights are such that it says the same of
-    both. Other arguments are those of `SequenceClassifier`. Raises ValueError for `stem_stride`
-    above 1 with words, and InputError for an `rc` that cannot be had with them or with the pattern.
+    With `stem="convolution"` the stem sees `kernel` bases and makes a token of each `stem_stride`
+    of them; coordinates stay those of bases. With "none" each base is embedded by itself, as are
+    the `num_tokens` of a tokenizer whose tokens are words (k-mers, byte pairs). With `rc="average"`
+    the network, once trained, says the mean of both strands; with "equivariant" its weights are
+    such that it says the same of both. Other arguments are those of `SequenceClassifier`. Raises
+    ValueError for a stem that there is not and for `stem_stride` above 1 without a convolution, and
+    InputError for an `rc` that cannot be had with words or with the pattern.
     """
 
     def __init__(
         self,
         *,
         dim: int,
+        stem: Stem = "convolution",
         kernel: int = 11,
         stem_stride: int = 1,
         num_tokens: int = NUM_TOKENS,
@@ -47,22 +53,29 @@ class DnaClassifier(SequenceClassifier):
         **architecture: Any,
     ) -> None:
         words = num_tokens > _FEW_TOKENS
-        if words and stem_stride != 1:
-            raise ValueError(f"stem_stride={stem_stride} is one of bases; words need stem_stride=1")
+        if stem not in STEMS:
+            raise ValueError(f"stem is {' or '.join(STEMS)}; got {stem!r}")
+        alone = words or stem == "none"
+        if alone and stem_stride != 1:
+            raise ValueError(
+                f"stem_stride={stem_stride} is one of a convolution over bases: words and "
+                "stem=none need stem_stride=1"
+            )
         _check_strands(rc, words=words)
-        stem = (
-            WordStem(num_tokens, dim)
-            if words
+        tokens = (
+            EmbeddingStem(num_tokens, dim)
+            if alone
             else ConvolutionStem(num_tokens, dim, kernel=kernel, stride=stem_stride)
         )
         if rc == "equivariant":
             refuse_asymmetric(architecture["pattern"], architecture["depth"])
-        super().__init__(stem, dim=dim, coord_dims=1, **architecture)
+        super().__init__(tokens, dim=dim, coord_dims=1, **architecture)
         if rc == "equivariant":
             share_between_strands(self)
         self.rc, self.stem_stride = rc, stem_stride
         self.config: dict[str, object] = {
             "dim": dim,
+            "stem": stem,
             "kernel": kernel,
             "stem_stride": stem_stride,
             "num_tokens": num_tokens,
@@ -135,17 +148,17 @@ def _check_strands(rc: str, *, words: bool) -> None:
         )
 
 
-class WordStem(nn.Module):
-    """Embed words, one token each."""
+class EmbeddingStem(nn.Module):
+    """Embed bases or words, one token each."""
 
-    def __init__(self, num_words: int, dim: int) -> None:
+    def __init__(self, num_symbols: int, dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(num_words, dim)
+        self.embedding = nn.Embedding(num_symbols, dim)
         nn.init.normal_(self.embedding.weight, std=0.5)
         self.norm = nn.LayerNorm(dim)
 
     def forward(
         self, inputs: Shaped[Tensor, " T"], lengths: Int64[Tensor, " S"]
     ) -> Float[Tensor, "T E"]:
-        """Turn words into tokens."""
+        """Turn symbols into tokens."""
         return self.norm(self.embedding(inputs.long()))

@@ -28,7 +28,7 @@ from pipelines.shared.tables import align
 _BODY = ("stem.", "encoder.", "registers")
 """What a pretrained network hands on: all but pooling and head."""
 
-_SIZES = ("dim", "depth", "num_heads", "mlp_ratio", "kernel", "stem_stride", "num_tokens")
+_SIZES = ("dim", "depth", "num_heads", "mlp_ratio", "stem", "kernel", "stem_stride", "num_tokens")
 
 
 def pretrain(config: dict[str, Any]) -> int:
@@ -145,7 +145,7 @@ def pretrained_sizes(model: LoadedModel, rc: str) -> dict[str, object]:
 
 def _build(config: Mapping[str, Any]) -> BaseGuesser:
     architecture = architecture_of(dict(config), num_classes=1)
-    own = {key: config[key] for key in ("stem_stride", "kernel", "rc")}
+    own = {key: config[key] for key in ("stem", "stem_stride", "kernel", "rc")}
     return BaseGuesser(DnaClassifier(**architecture, **own), config["guess"])
 
 

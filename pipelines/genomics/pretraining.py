@@ -231,10 +231,10 @@ def refuse_sight(network: DnaClassifier, guess: Guess) -> None:
                 f"guess=causal needs patterns that look back only, and {whole!r} does not: add "
                 "'& Causal()', pattern.expression='SlidingWindow(radius=64) & Causal()'"
             )
-    if network.config["kernel"] != 1:
+    if network.config["stem"] == "convolution" and network.config["kernel"] != 1:
         raise InputError(
             f"guess=causal with kernel={network.config['kernel']}: the stem would see the next "
-            "bases; use kernel=1"
+            "bases; use stem=none or kernel=1"
         )
 
 

@@ -321,6 +321,8 @@ def test_checkpoint_of_the_other_pipeline_is_refused(
         (["model.pooling=median"], ["attention, mean, max", "'median'"]),
         (["model.head_norm=group"], ["layer or batch", "'group'"]),
         (["stem_stride=0"], ["stride", "at least 1"]),
+        (["stem=cnn"], ["convolution or none", "'cnn'"]),
+        (["stem=none", "stem_stride=2"], ["stem_stride=2", "stem=none need stem_stride=1"]),
     ],
     ids=lambda x: x[0],
 )

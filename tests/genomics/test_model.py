@@ -63,6 +63,24 @@ def test_both_strands_are_said_to_be_the_same(rc, stem_stride, pooling, head_nor
     assert one.std(0).max() > 1e-3  # and not because nothing is said
 
 
+@pytest.mark.parametrize("rc", ["average", "equivariant"])
+def test_both_strands_are_the_same_without_a_convolution(rc):
+    found, strings = network(rc, stem="none"), texts(16, letters="ACGTNRYSWKMBDHV")
+    one, other = probabilities(found, strings), probabilities(found, map(turned, strings))
+    assert (one - other).abs().max() <= 1e-6
+    assert one.std(0).max() > 1e-3
+
+
+def test_without_a_convolution_bases_are_embedded_one_by_one():
+    """Where nothing attends and tokens are averaged, their order says nothing; with one it does."""
+    sizes = {"depth": 1, "pattern": None, "pooling": "mean"}
+    text = texts(1, letters="ACGT")[0]
+    without, given = network("none", stem="none", **sizes), network("none", **sizes)
+    for found, alike in ((without, True), (given, False)):
+        one, other = probabilities(found, [text]), probabilities(found, ["".join(sorted(text))])
+        assert torch.allclose(one, other, atol=1e-5) == alike
+
+
 @pytest.mark.parametrize("rc", ["none", "augment"])
 def test_a_network_of_one_strand_tells_them_apart(rc):
     found, strings = network(rc), texts(8)
@@ -116,8 +134,9 @@ def test_the_other_strand_of_the_other_strand_is_the_first():
 
 
 @pytest.mark.parametrize("rc", sorted(PATTERNS))
-def test_neither_neighbours_nor_order_nor_batches_matter(rc):
-    found, strings = network(rc), texts(32)
+@pytest.mark.parametrize("stem", ["convolution", "none"])
+def test_neither_neighbours_nor_order_nor_batches_matter(rc, stem):
+    found, strings = network(rc, stem=stem), texts(32)
     examples = [example(text, str(number)) for number, text in enumerate(strings)]
     alone = torch.cat([probabilities(found, [text]) for text in strings])
     assert (alone - probabilities(found, strings)).abs().max() <= 1e-5
@@ -128,6 +147,20 @@ def test_neither_neighbours_nor_order_nor_batches_matter(rc):
         assert (alone - given).abs().max() <= 1e-5
 
 
+def test_the_benchmark_network_has_the_layers_that_were_published():
+    """Of 251 bases, as human_nontata_promoters has them."""
+    found = BenchmarkCnn(251, 2)
+    kinds = [type(layer).__name__ for layer in found.convolutions]
+    assert kinds == ["Conv1d", "BatchNorm1d", "ReLU", "MaxPool1d"] * 3
+    shapes = {name: tuple(weight.shape) for name, weight in found.named_parameters()}
+    assert shapes["embedding.weight"] == (NUM_TOKENS, 100)
+    assert [shapes[f"convolutions.{n}.weight"] for n in (0, 4, 8)] == [
+        (16, 100, 8), (8, 16, 8), (4, 8, 8),
+    ]  # fmt: skip
+    # 251 -> 244 -> 122 -> 115 -> 57 -> 50 -> 25 places of 4 channels
+    assert (shapes["hidden.weight"], shapes["head.weight"]) == ((512, 100), (2, 512))
+
+
 def test_a_convolution_says_the_same_alone_and_filled_up():
     torch.manual_seed(0)
     found, strings = BenchmarkCnn(200, 3).eval(), texts(32)
@@ -136,8 +169,9 @@ def test_a_convolution_says_the_same_alone_and_filled_up():
 
 
 @pytest.mark.parametrize("rc", sorted(PATTERNS))
-def test_no_gradient_crosses_packed_records(rc):
-    found = network(rc)
+@pytest.mark.parametrize("stem", ["convolution", "none"])
+def test_no_gradient_crosses_packed_records(rc, stem):
+    found = network(rc, stem=stem)
     batch = pack([example(text) for text in texts(3)])
     seen = {}
 

@@ -60,7 +60,12 @@ def test_ambiguous_letters_are_never_asked():
 
 def guesser(guess, pattern, **changed):
     torch.manual_seed(0)
-    sizes = {"dim": 32, "depth": 2, "num_heads": 4, "kernel": 1 if guess == "causal" else 11}
+    sizes = {
+        "dim": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "stem": "none" if guess == "causal" else "convolution",
+    }
     network = DnaClassifier(**{**sizes, **changed}, pattern=pattern, num_classes=1, rc="none")
     return BaseGuesser(network, guess).eval()
 
@@ -104,7 +109,7 @@ def test_a_hidden_base_is_not_seen():
     [
         ("causal", BOTH, {}, "look back only"),
         ("causal", "SlidingWindow(radius=3) | Causal()", {}, "look back only"),
-        ("causal", BACK, {"kernel": 11}, "kernel=1"),
+        ("causal", BACK, {"stem": "convolution"}, "stem=none or kernel=1"),
         ("masked", BOTH, {"stem_stride": 2}, "stem_stride=1"),
     ],
 )

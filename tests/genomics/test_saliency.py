@@ -94,12 +94,15 @@ def test_gradients_point_at_the_motif_on_either_strand(text, strand):
     assert np.abs(gradient[~inside]).max() < 0.1
 
 
-def test_gradients_are_differences_in_the_limit(text):
+@pytest.mark.parametrize("stem", ["convolution", "none"])
+@pytest.mark.parametrize("rc", ["none", "equivariant"])
+def test_gradients_are_differences_in_the_limit(text, stem, rc):
     """Of scores at bases that are mixed a little, as far as the stem can be given such."""
     torch.manual_seed(1)
     network = DnaClassifier(
-        dim=16, depth=1, num_heads=2, pattern="SlidingWindow(radius=5)", num_classes=2, rc="none"
-    )
+        dim=16, depth=1, num_heads=2, pattern="SlidingWindow(radius=5)", num_classes=2, rc=rc,
+        stem=stem,
+    )  # fmt: skip
     network.double().eval()
     bases = encode(text)
     gradient = input_gradient(network, bases, 1)
@@ -114,7 +117,15 @@ def test_gradients_are_differences_in_the_limit(text):
                 changed[0, letter, at] += sign * step
                 return (changed,)
 
-            hook = network.stem.convolution.register_forward_pre_hook(mixed)
+            def mixed_vectors(module, _, vectors, sign=sign, letter=letter):
+                changed = vectors.clone()
+                changed[at] += sign * step * module.weight[letter]
+                return changed
+
+            if stem == "convolution":
+                hook = network.stem.convolution.register_forward_pre_hook(mixed)
+            else:
+                hook = network.stem.embedding.register_forward_hook(mixed_vectors)
             scores.append(score_of(network, text))
             hook.remove()
         found.append((scores[0] - scores[1]) / (2 * step))
