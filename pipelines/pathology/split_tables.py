@@ -6,7 +6,8 @@
     STAMP        splits.json: {"splits": [{"train_patients": [...], "test_patients": [...]}]}
     Patho-Bench  case_id and/or slide_id, and columns fold_0, fold_1, ... of train and test
 
-Where a table has no validation rows, they are cut out of train by whoever uses it.
+Where a table has no validation rows, they are cut out of train by whoever uses it. Where it names
+the patient of each slide, its own patients must be whole, whatever the labels say of them.
 """
 
 import json
@@ -19,7 +20,7 @@ import pandas as pd
 
 from pipelines.pathology.manifest import strip_ending
 from pipelines.shared.errors import InputError
-from pipelines.shared.splits import EXTERNAL, SPLITS
+from pipelines.shared.splits import EXTERNAL, SPLITS, require_no_leak
 from pipelines.shared.tables import read_table
 
 _WORDS = (*SPLITS, EXTERNAL)
@@ -58,8 +59,8 @@ class SplitTable:
 def read_split_tables(path: Path) -> list[SplitTable]:
     """Read all folds of a table, a JSON file, or a folder with splits_0.csv, splits_1.csv, ...
 
-    Raises InputError for a table of another kind, ids that stand in two splits of one fold, and
-    words that are no split.
+    Raises InputError for a table of another kind, ids or patients that stand in two splits of one
+    fold, and words that are no split.
     """
     if path.is_dir():
         numbered = {
@@ -82,8 +83,7 @@ def read_fold(path: Path) -> SplitTable:
 
 def _read_fold(path: Path, table: pd.DataFrame) -> SplitTable:
     if "split" in table:
-        kind, column = _ids_of(path, table)
-        return _collect(path, list(zip(table[column], table["split"], strict=True)), kind)
+        return _collect_column(path, table, "split")
     sides = [name for name in SPLITS if name in table]
     if not {"train", "test"} <= set(sides):
         raise InputError(
@@ -111,14 +111,21 @@ def _bool_pairs(path: Path, table: pd.DataFrame, sides: list[str]) -> list[tuple
 
 
 def _read_fold_columns(path: Path, table: pd.DataFrame, columns: list[str]) -> list[SplitTable]:
-    kind, ids = _ids_of(path, table)
     numbered = sorted(columns, key=lambda name: int(name.removeprefix("fold_")))
-    return [
-        _collect(
-            path, [pair for pair in zip(table[ids], table[name], strict=True) if pair[1]], kind
-        )
-        for name in numbered
-    ]
+    return [_collect_column(path, table[table[name] != ""], name) for name in numbered]
+
+
+def _collect_column(path: Path, table: pd.DataFrame, column: str) -> SplitTable:
+    kind, ids = _ids_of(path, table)
+    found = _collect(path, list(zip(table[ids], table[column], strict=True)), kind)
+    patients = next((name for name in _PATIENTS if name in table), None)
+    if kind == "slide_id" and patients is not None:
+        known = table[(table[patients] != "") & ~table[ids].duplicated()]
+        try:
+            require_no_leak(list(known[ids]), list(known[patients]), list(known[column]))
+        except InputError as leak:
+            raise InputError(f"{path}: by its own column {patients}, {leak}") from None
+    return found
 
 
 def _read_stamp(path: Path) -> list[SplitTable]:

@@ -115,3 +115,18 @@ def test_a_table_of_others_is_refused(tmp_path: Path) -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no splits_0\.csv"):
         read_split_tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slide_id,patient_id,split\ns0,p0,train\ns1,p0,test\ns2,p1,val\n",
+        "case_id,slide_id,fold_0\np0,s0,train\np0,s1.svs,test\np1,s2,train\n",
+    ],
+    ids=["ours", "patho-bench"],
+)
+def test_patients_that_the_table_itself_names_stay_whole(tmp_path: Path, text: str) -> None:
+    path = _write(tmp_path / "splits.csv", text)
+
+    with pytest.raises(InputError, match=r"(?s)by its own column .*'p0'.*s1"):
+        read_split_tables(path)
