@@ -77,6 +77,8 @@ def check_task(config: dict[str, Any]) -> None:
     if config["unit"] not in UNITS:
         raise InputError(f"unit must be slide or patient; got {config['unit']!r}")
     task, kind = config["task"], config["model"].get("kind")
+    if task["name"] not in TRUTH:
+        raise InputError(f"task={task['name']} is one of DNA; slides have {', '.join(TRUTH)}")
     if task["name"] != "classification":
         for name in (kind, *config["baselines"]):
             if name in ("clam_sb", "colour"):

@@ -16,14 +16,23 @@ from pipelines.shared.evaluation import (
     ensemble,
     estimate,
 )
-from pipelines.shared.metrics import ClassPredictions, RiskPredictions, Score
+from pipelines.shared.metrics import (
+    ClassPredictions,
+    JointPredictions,
+    OneTarget,
+    Predictions,
+    RiskPredictions,
+    Score,
+)
 from pipelines.shared.saved_predictions import Parts
 from pipelines.shared.splits import EXTERNAL
 
-Task = Literal["classification", "regression", "survival"]
+Task = Literal["classification", "multilabel", "regression", "tracks", "survival"]
 HEADLINES: dict[Task, tuple[str, ...]] = {
     "classification": ("auroc", "auprc", "balanced_accuracy", "f1", "mcc"),
-    "regression": ("r2", "mae", "spearman"),
+    "multilabel": ("auroc", "auprc", "f1", "mcc", "exact_match"),
+    "regression": ("r2", "pearson", "spearman", "mae"),
+    "tracks": ("r2", "pearson", "spearman", "mae"),
     "survival": ("c_index",),
 }
 """Scores that a terminal has room for."""
@@ -62,7 +71,8 @@ class Assessment:
     """All models' scores on the same folds.
 
     `tested` holds the test rows that were scored, with the threshold that their validation rows
-    chose; `calibrated` the same after temperature scaling.
+    chose; `calibrated` the same after temperature scaling. Of several targets `by_target` has each
+    one's scores by model.
     """
 
     task: Task
@@ -76,6 +86,7 @@ class Assessment:
     calibrated: dict[str, list[Fold]] = field(default_factory=dict)
     subgroups: dict[str, dict[str, Subgroup]] = field(default_factory=dict)
     external: External | None = None
+    by_target: dict[str, dict[str, Scores]] = field(default_factory=dict)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -103,6 +114,7 @@ class Assessment:
             "groups": self.num_groups,
             "scores": _plain(self.scores),
             "scores_by_fold": self.by_fold,
+            "scores_by_target": {name: _plain(scores) for name, scores in self.by_target.items()},
             "reference": self.reference,
             "differences": _plain(self.differences),
             "thresholds": self.thresholds,
@@ -160,14 +172,9 @@ def assess(
         name: estimate(folds, resamples=resamples, seed=seed) for name, folds in tested.items()
     }
     first = next(iter(tested.values()))[0].predictions
-    task: Task = "regression"
-    if isinstance(first, ClassPredictions):
-        task = "classification"
-    elif isinstance(first, RiskPredictions):
-        task = "survival"
     calibrated, calibration = _calibrate(settled, found, resamples, seed)
     return Assessment(
-        task=task,
+        task=(task := _task(first)),
         tested=tested,
         scores=_scores(found),
         by_fold={
@@ -185,6 +192,7 @@ def assess(
         calibrated=calibrated,
         subgroups=_subgroups(tested, attributes or {}, resamples, seed),
         external=_external(settled, reference, developed, resamples, seed),
+        by_target=_by_target(tested, resamples, seed),
     )
 
 
@@ -203,9 +211,54 @@ def require_same_rows(models: Mapping[str, Sequence[Parts]]) -> None:
                 )
 
 
+def _task(given: Predictions) -> Task:
+    if isinstance(given, ClassPredictions):
+        return "classification"
+    if isinstance(given, JointPredictions):
+        return "tracks" if given.exact is None else "multilabel"
+    return "survival" if isinstance(given, RiskPredictions) else "regression"
+
+
+def _of_target(folds: Parts, name: str) -> Parts:
+    """Take one of several targets out of the rows of each split."""
+    found = {}
+    for split, fold in folds.items():
+        assert isinstance(fold.predictions, JointPredictions), "rows have several targets"
+        found[split] = replace(fold, predictions=fold.predictions.parts[name])
+    return found
+
+
+def _by_target(
+    tested: Mapping[str, Sequence[Fold]], resamples: int, seed: int
+) -> dict[str, dict[str, Scores]]:
+    """Scores of each of several targets, by model; none where there is one target."""
+    first = next(iter(tested.values()))[0].predictions
+    names = first.parts if isinstance(first, JointPredictions) else ()
+    found: dict[str, dict[str, Scores]] = {}
+    for name in names:
+        each = {
+            model: estimate(
+                [_of_target({"test": fold}, name)["test"] for fold in folds],
+                resamples=resamples,
+                seed=seed,
+            )
+            for model, folds in tested.items()
+        }
+        found[name] = _scores(each)
+    return found
+
+
 def _settle(parts: Parts, threshold: float | None) -> Parts:
-    """Give the rows of two classes their threshold."""
+    """Give the rows of two classes their threshold, and those of labels one for each."""
     given = parts["test"].predictions
+    if isinstance(given, JointPredictions):
+        each = {name: _settle(_of_target(parts, name), threshold) for name in given.parts}
+        return {
+            split: replace(
+                part, predictions=JointPredictions({n: _one(s[split]) for n, s in each.items()})
+            )
+            for split, part in parts.items()
+        }
     if not isinstance(given, ClassPredictions) or len(given.classes) != 2:
         return parts
     chosen = threshold
@@ -219,6 +272,11 @@ def _settle(parts: Parts, threshold: float | None) -> Parts:
         assert isinstance(part.predictions, ClassPredictions)
         settled[split] = replace(part, predictions=replace(part.predictions, threshold=chosen))
     return settled
+
+
+def _one(fold: Fold) -> OneTarget:
+    assert not isinstance(fold.predictions, JointPredictions | RiskPredictions), "a single target"
+    return fold.predictions
 
 
 def _calibrate(

@@ -9,8 +9,9 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Target = int | float | tuple[float, float]
-"""A class, a number, or a time and whether the event was seen then (1) or not by then (0)."""
+Target = int | float | tuple[float, ...]
+"""A class, a number, or several: which labels are there (1 or 0); or a time and whether the event
+was seen then (1) or not by then (0)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +69,7 @@ class ExampleList(Sequence[Example]):
 class PackedBatch:
     """Sequences laid end to end; `lengths` says where each one stops.
 
-    `targets` are int64 classes, float32 numbers, or float32 rows of time and event.
+    `targets` are int64 classes, float32 numbers, or float32 rows of several.
     """
 
     inputs: Shaped[Tensor, "T ..."]

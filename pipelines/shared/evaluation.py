@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from pipelines.shared.metrics import (
     ClassPredictions,
     Floats,
+    JointPredictions,
     Predictions,
     Score,
+    ValuePredictions,
     as_probabilities,
     measure,
 )
@@ -144,7 +146,9 @@ def ensemble(folds: Sequence[Fold]) -> Fold:
         known = [cut for cut in cuts if cut is not None]
         cut = float(np.mean(known)) if known else None
         return replace(first, predictions=replace(given, probabilities=outputs, threshold=cut))
-    field = "values" if hasattr(given, "values") else "risks"
+    if isinstance(given, JointPredictions):
+        raise ValueError("an ensemble is one of a single target")
+    field = "values" if isinstance(given, ValuePredictions) else "risks"
     average = np.mean([getattr(part, field) for part in parts], axis=0)
     return replace(first, predictions=replace(given, **{field: average}))
 

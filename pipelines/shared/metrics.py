@@ -12,6 +12,7 @@ from scipy.special import softmax
 from sklearn import metrics as sklearn_metrics
 
 from pipelines.shared.calibration import calibration_error
+from pipelines.shared.stretches import StretchPredictions, stretch_scores
 from pipelines.shared.tables import align
 
 Floats = NDArray[np.float64]
@@ -105,7 +106,30 @@ class RiskPredictions:
         return RiskPredictions(self.times[rows], self.events[rows], self.risks[rows], high)
 
 
-Predictions: TypeAlias = ClassPredictions | ValuePredictions | RiskPredictions
+@dataclass(frozen=True, slots=True, eq=False)
+class JointPredictions:
+    """Several targets of the same rows, by name: labels that are there or not, or tracks."""
+
+    parts: Mapping[str, "OneTarget"]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def take(self, rows: Rows) -> "JointPredictions":
+        """Keep some rows."""
+        return JointPredictions({name: part.take(rows) for name, part in self.parts.items()})
+
+    @property
+    def exact(self) -> NDArray[np.bool_] | None:
+        """Rows of which every label is right [N]; None where targets are no labels."""
+        labels = [part for part in self.parts.values() if isinstance(part, ClassPredictions)]
+        if not labels:
+            return None
+        return np.all([part.chosen == part.targets for part in labels], axis=0)
+
+
+OneTarget: TypeAlias = ClassPredictions | ValuePredictions | StretchPredictions
+Predictions: TypeAlias = OneTarget | RiskPredictions | JointPredictions
 
 TITLES = {
     "auroc": "AUROC",
@@ -114,6 +138,7 @@ TITLES = {
     "balanced_accuracy": "balanced accuracy",
     "f1": "F1",
     "mcc": "MCC",
+    "exact_match": "exact match",
     "qwk": "QWK",
     "brier": "Brier",
     "ece": "ECE",
@@ -137,8 +162,12 @@ def measure(predictions: Predictions) -> dict[str, Score]:
     classes, else the mean over classes), Matthews' correlation; with an order, the quadratic
     weighted kappa; the Brier score (0 to 1 for two classes, 0 to 2 for more) and the expected
     calibration error. Numbers: R2, MAE, RMSE, Pearson's and Spearman's correlation. Risks:
-    Harrell's c-index. A score that the rows do not define is None, with the reason.
+    Harrell's c-index. Several targets: means over those that define a score, and of labels the
+    share of rows with all of them right. A score that the rows do not define is None, with the
+    reason.
     """
+    if isinstance(predictions, JointPredictions):
+        return _measure_jointly(predictions)
     if len(predictions) == 0:
         return {name: Score(None, None, None, "no predictions") for name in _functions(predictions)}
     found: dict[str, Score] = {}
@@ -199,11 +228,35 @@ def format_score(score: Score, *, signed: bool = False) -> str:
     return f"{score.value:{sign}.3f} [{score.low:{sign}.3f}, {score.high:{sign}.3f}]"
 
 
-def _functions(predictions: Predictions) -> dict[str, Callable[[], float]]:
+def _measure_jointly(given: JointPredictions) -> dict[str, Score]:
+    each = {name: measure(part) for name, part in given.parts.items()}
+    names = next(iter(each.values()))
+    found = {
+        score: _mean_score({name: row[score] for name, row in each.items()}) for score in names
+    }
+    exact = given.exact
+    if exact is not None:
+        value = float(exact.mean()) if len(exact) else None
+        found["exact_match"] = Score(value, None, None, None if len(exact) else "no predictions")
+    return found
+
+
+def _mean_score(scores: Mapping[str, Score]) -> Score:
+    """Mean over the targets that define a score; the reason names the others."""
+    values = [item.value for item in scores.values() if item.value is not None]
+    missing = [name for name, item in scores.items() if item.value is None]
+    reason = f"undefined of {', '.join(missing)}" if missing else None
+    return Score(float(np.mean(values)) if values else None, None, None, reason)
+
+
+def _functions(predictions: OneTarget | RiskPredictions) -> dict[str, Callable[[], float]]:
     if isinstance(predictions, ClassPredictions):
         return _class_functions(predictions)
     if isinstance(predictions, ValuePredictions):
         return _value_functions(predictions.targets, predictions.values)
+    if isinstance(predictions, StretchPredictions):
+        found = stretch_scores(predictions, np.ones((1, len(predictions))))
+        return {name: lambda score=score: float(score()[0]) for name, score in found.items()}  # type: ignore[misc]
     return {"c_index": lambda: _concordance(predictions)}
 
 
@@ -275,11 +328,13 @@ def _mean_over_classes(
     return float(np.mean([function(labels == label, outputs[:, label]) for label in scored]))
 
 
-def _why_undefined(predictions: Predictions) -> str:
+def _why_undefined(predictions: OneTarget | RiskPredictions) -> str:
     if isinstance(predictions, RiskPredictions):
         return "no two comparable times" if predictions.events.any() else "no event"
     if isinstance(predictions, ValuePredictions):
         return "a single row" if len(predictions) == 1 else "no variation"
+    if isinstance(predictions, StretchPredictions):
+        return "no variation" if predictions.counts.any() else "no place that is known"
     held = set(predictions.targets.tolist())
     absent = [name for label, name in enumerate(predictions.classes) if label not in held]
     return f"no example of class {', '.join(absent)}" if absent else "undefined"

@@ -7,6 +7,7 @@ folds are averaged, never pooled: thin lines are folds, thick ones their mean.
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,13 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from pipelines.shared.calibration import reliability
 from pipelines.shared.evaluation import Fold
-from pipelines.shared.metrics import ClassPredictions, RiskPredictions, ValuePredictions
+from pipelines.shared.metrics import (
+    ClassPredictions,
+    JointPredictions,
+    RiskPredictions,
+    ValuePredictions,
+)
+from pipelines.shared.stretches import StretchPredictions
 
 COLOURS = ("#0b5fa5", "#c8511b", "#2b8a57", "#7b4ea3", "#8a6d1f", "#b3396b", "#4d4d4d", "#159a9c")
 _GRID = np.linspace(0, 1, 201)
@@ -145,12 +152,14 @@ def draw_kaplan_meier(folds: Sequence[Fold]) -> Figure:
     return _legend(figure, axes, "upper right")
 
 
-def draw_values(folds: Sequence[Fold]) -> Figure:
-    """Draw predicted against true numbers."""
+def draw_values(folds: Sequence[Fold], target: str | None = None) -> Figure:
+    """Draw predicted against true numbers, of several targets those of `target`."""
     figure, axes = _axes(_SIZE)
     for fold in folds:
         given = fold.predictions
-        assert isinstance(given, ValuePredictions)
+        if isinstance(given, JointPredictions):
+            given = given.parts[str(target)]
+        assert isinstance(given, ValuePredictions | StretchPredictions)
         axes.scatter(given.targets, given.values, s=14, alpha=0.6, linewidth=0, color=COLOURS[0])
     low, high = (f(axes.get_xlim()[i], axes.get_ylim()[i]) for i, f in ((0, min), (1, max)))
     axes.plot([low, high], [low, high], color="#b0b0b0", linewidth=1, linestyle=":")
@@ -204,6 +213,10 @@ def _precision(fold: Fold) -> Floats:
 
 def _over_classes(fold: Fold, curve: Callable[[NDArray[np.bool_], Floats], Floats]) -> Floats:
     given = fold.predictions
+    if isinstance(given, JointPredictions):
+        parts = [_over_classes(replace(fold, predictions=p), curve) for p in given.parts.values()]
+        known = [part for part in parts if not np.isnan(part).any()]
+        return np.asarray(np.mean(known, axis=0)) if known else parts[0]
     assert isinstance(given, ClassPredictions)
     if len(np.unique(given.targets)) < len(given.classes):
         return np.full(len(_GRID), np.nan)

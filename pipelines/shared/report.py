@@ -16,6 +16,7 @@ from pipelines.shared.tables import align
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 _TEMPLATE = "report.html"
+_MOST_TRACKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,10 @@ def summarise(found: Assessment, words: Words) -> str:
             f"external test, {found.external.count:,} {words.rows}, ensembles of the folds\n"
             + format_table(outside, names=names)
         )
+    if found.by_target:
+        table = _target_table(found, words)
+        cells = [[cell.replace(NO_BREAK, " ") for cell in row] for row in table.rows]
+        parts.append(f"{table.title}\n{align([table.header, *cells])}")
     for column, values in found.subgroups.items():
         rows = [[column, words.rows, *(words.title(name) for name in found.scores)]]
         rows += [
@@ -166,6 +171,8 @@ def _tables(found: Assessment, words: Words, beside: Mapping[str, Assessment]) -
             for name, values in found.thresholds.items()
         ]
         tables.append(Table("Thresholds", ["model", f"probability of {found.classes[1]}"], rows))
+    if found.by_target:
+        tables.append(_target_table(found, words))
     tables += [_subgroup_table(column, found, words) for column in found.subgroups]
     tables.append(_fold_table(found, words))
     return tables
@@ -198,6 +205,18 @@ def _subgroup_table(column: str, found: Assessment, words: Words) -> Table:
     return Table(f"{TITLES[name]} by {column}", header, rows)
 
 
+def _target_table(found: Assessment, words: Words) -> Table:
+    """A row per label or track."""
+    name = HEADLINES[found.task][0]
+    rows = [
+        [target, *(_cell(scores[name]) for scores in models.values())]
+        for target, models in found.by_target.items()
+    ]
+    kind = "label" if found.task == "multilabel" else "track"
+    header = [kind, *(words.title(model) for model in found.scores)]
+    return Table(f"{TITLES[name]} by {kind}", header, rows)
+
+
 def _fold_table(found: Assessment, words: Words) -> Table:
     name = HEADLINES[found.task][0]
     each = {model: scores[name] for model, scores in found.by_fold.items()}
@@ -221,6 +240,16 @@ def _pictures(found: Assessment, words: Words) -> list[Picture]:
             "Precision and recall": plots.draw_precision_recall(titled),
             f"Confusion, {first}": plots.draw_confusion(folds),
             f"Calibration, {first}": plots.draw_calibration(folds, found.calibrated.get(name, [])),
+        }
+    elif found.task == "multilabel":
+        drawn = {
+            "ROC, mean over the labels": plots.draw_roc(titled),
+            "Precision and recall, mean over the labels": plots.draw_precision_recall(titled),
+        }
+    elif found.task == "tracks":
+        drawn = {
+            f"Predicted and true means of stretches, {target}": plots.draw_values(folds, target)
+            for target in list(found.by_target)[:_MOST_TRACKS]
         }
     elif found.task == "survival":
         drawn = {f"Survival by risk, {first}": plots.draw_kaplan_meier(folds)}
@@ -247,6 +276,18 @@ def _method(found: Assessment, words: Words) -> list[str]:
         notes.append(
             "AUROC, AUPRC and F1 are of the second of two classes, else means over the classes. "
             "ECE: 15 bins of the confidence in the most probable class (Guo et al. 2017)."
+        )
+    if found.task == "multilabel":
+        notes.append(
+            "Scores are means over the labels that define them (a label that is on all rows or on "
+            "none has no AUROC); exact match is the share of rows with every label right. The "
+            "threshold of each label is chosen on the fold's validation rows (Youden's J)."
+        )
+    if found.task == "tracks":
+        notes.append(
+            "Scores of a track are over all bases that it says something of, averaged over the "
+            "tracks. Rows are stretches of bases, which is what intervals resample; Spearman's "
+            "correlation of a part of them takes the ranks among all."
         )
     if found.task == "survival":
         notes.append(

@@ -13,10 +13,12 @@ from pipelines.shared.calibration import confidence_bins
 from pipelines.shared.metrics import (
     ClassPredictions,
     Floats,
+    JointPredictions,
     Predictions,
     RiskPredictions,
     ValuePredictions,
 )
+from pipelines.shared.stretches import StretchPredictions, stretch_scores
 
 Weights = NDArray[np.float64]  # [R, N]: how often each of R resamples holds each of N rows
 Values = NDArray[np.float64]  # [R], NaN where undefined
@@ -47,8 +49,12 @@ def weighted_scores(
 
     Only those in `names`, if given. Means over classes run over the classes that a resample holds.
     """
+    if isinstance(predictions, JointPredictions):
+        return _joint_scores(predictions, weights, names)
     if isinstance(predictions, ClassPredictions):
         functions = _class_functions(predictions, weights)
+    elif isinstance(predictions, StretchPredictions):
+        functions = stretch_scores(predictions, weights)
     elif isinstance(predictions, ValuePredictions):
         functions = _value_functions(predictions.targets, predictions.values, weights)
     else:
@@ -62,6 +68,17 @@ def weighted_scores(
 def group_index(groups: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
     """Place of each row's group among sorted distinct names."""
     return np.searchsorted(np.asarray(names, dtype=str), np.asarray(groups, dtype=str))
+
+
+def _joint_scores(
+    given: JointPredictions, weights: Weights, names: Sequence[str] | None
+) -> dict[str, Values]:
+    each = [weighted_scores(part, weights, names) for part in given.parts.values()]
+    found = {name: _mean([scores[name] for scores in each]) for name in each[0]}
+    exact = given.exact
+    if exact is not None and (names is None or "exact_match" in names):
+        found["exact_match"] = _divide(weights @ exact.astype(np.float64), weights.sum(axis=1))
+    return found
 
 
 def _class_functions(given: ClassPredictions, weights: Weights) -> dict[str, Compute]:

@@ -1,13 +1,16 @@
 """Tables of predictions as training writes them, read back as folds to score.
 
 One row per item of validation and test: an id, maybe a group (patient), `split`, and
-classes: `label`, `prediction`, `probability_CLASS` of each class; numbers: `target`, `prediction`;
+classes: `label`, `prediction`, `probability_CLASS` of each class; several labels:
+`label_LABEL` (1 or 0) and `probability_LABEL` of each; numbers: `target`, `prediction`; tracks, a
+row for each stretch of a sequence: the columns of `table_of_track`, each as `TRACK.COLUMN`;
 survival: `time`, `event`, `risk`, and maybe `group`, high or low against the training median.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -17,16 +20,22 @@ from pipelines.shared.errors import InputError
 from pipelines.shared.evaluation import Fold
 from pipelines.shared.metrics import (
     ClassPredictions,
+    JointPredictions,
+    OneTarget,
     Predictions,
     RiskPredictions,
     ValuePredictions,
 )
 from pipelines.shared.splits import EXTERNAL
+from pipelines.shared.stretches import Moments, StretchPredictions
 from pipelines.shared.tables import read_table
 
 TABLE = "predictions.csv"
 MODEL = "model"
 _PREFIX = "probability_"
+_LABEL = "label_"
+_COUNTS = ".bases"
+_MOMENTS = tuple(item.name for item in fields(Moments))
 _SPLITS = ("val", "test", EXTERNAL)
 
 Parts = dict[str, Fold]
@@ -90,6 +99,16 @@ def read_parts(
     return parts
 
 
+def table_of_track(name: str, given: StretchPredictions) -> pd.DataFrame:
+    """Columns of a table of stretches for one track: `NAME.bases` and what `sum_up` found."""
+    table = {"bases": given.counts.astype(np.int64)}
+    table |= {item: getattr(given.of_values, item) for item in _MOMENTS}
+    table |= {f"rank_{item}": getattr(given.of_ranks, item) for item in _MOMENTS}
+    return pd.DataFrame({f"{name}.{key}": values for key, values in table.items()}).assign(
+        **{f"{name}.absolute_error": given.errors}
+    )
+
+
 def merge_groups(path: Path, part: Fold) -> Fold:
     """Make one row of each group, in the order in which they first stand."""
     names, first, inverse = np.unique(part.groups, return_index=True, return_inverse=True)
@@ -121,6 +140,11 @@ def _predictions(path: Path, table: pd.DataFrame, order: tuple[str, ...] | None)
     classes = [name.removeprefix(_PREFIX) for name in named if name.startswith(_PREFIX)]
     if classes and "label" in table:
         return _classes(path, table, classes, order)
+    if classes and {f"{_LABEL}{name}" for name in classes} <= set(table):
+        return JointPredictions({name: _label(path, table, name) for name in classes})
+    tracks = [name.removesuffix(_COUNTS) for name in named if name.endswith(_COUNTS)]
+    if tracks:
+        return JointPredictions({name: _track(path, table, name) for name in tracks})
     if {"time", "event", "risk"} <= set(table):
         events = _numbers(path, table, "event")
         high = (table["group"] == "high").to_numpy() if "group" in table else None
@@ -133,7 +157,8 @@ def _predictions(path: Path, table: pd.DataFrame, order: tuple[str, ...] | None)
         )
     raise InputError(
         f"{path} is no table of predictions: it needs label and probability_CLASS of each class, "
-        "target and prediction, or time, event and risk; "
+        "label_LABEL and probability_LABEL of each label, target and prediction, or time, event "
+        "and risk; "
         f"it has {', '.join(map(repr, table.columns))}"
     )
 
@@ -159,6 +184,35 @@ def _classes(
     return ClassPredictions(tuple(classes), labels, shares, order=order)
 
 
+def _track(path: Path, table: pd.DataFrame, name: str) -> StretchPredictions:
+    missing = [f"{name}.{item}" for item in _track_columns() if f"{name}.{item}" not in table]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}; predictions of tracks need it")
+    values, ranks = (
+        Moments(*(_numbers(path, table, f"{name}.{before}{item}") for item in _MOMENTS))
+        for before in ("", "rank_")
+    )
+    counts = _numbers(path, table, f"{name}{_COUNTS}")
+    return StretchPredictions(
+        counts, values, ranks, _numbers(path, table, f"{name}.absolute_error")
+    )
+
+
+def _track_columns() -> list[str]:
+    return [*_MOMENTS, *(f"rank_{item}" for item in _MOMENTS), "absolute_error"]
+
+
+def _label(path: Path, table: pd.DataFrame, name: str) -> ClassPredictions:
+    there, share = (_numbers(path, table, f"{prefix}{name}") for prefix in (_LABEL, _PREFIX))
+    wrong = np.flatnonzero(~np.isin(there, (0, 1)))
+    if len(wrong):
+        raise InputError(
+            f"{path}, row {table.index[wrong[0]]}: {_LABEL}{name} is 1 or 0; got "
+            f"{table[_LABEL + name].iloc[wrong[0]]!r}"
+        )
+    return ClassPredictions(("0", "1"), there.astype(np.int64), np.stack([1 - share, share], 1))
+
+
 def _numbers(path: Path, table: pd.DataFrame, column: str) -> NDArray[np.float64]:
     values = pd.to_numeric(table[column], errors="coerce").to_numpy(np.float64)
     wrong = np.flatnonzero(~np.isfinite(values))
@@ -175,6 +229,10 @@ def _known(given: Predictions) -> list[object]:
         return [given.classes[label] for label in given.targets]
     if isinstance(given, ValuePredictions):
         return list(given.targets)
+    if isinstance(given, StretchPredictions):
+        raise ValueError("stretches of tracks are rows of their own")
+    if isinstance(given, JointPredictions):
+        return list(zip(*(part.targets.tolist() for part in given.parts.values()), strict=True))
     return list(zip(given.times.tolist(), given.events.tolist(), strict=True))
 
 
@@ -191,6 +249,12 @@ def _averaged(given: Predictions, kept: Predictions, of: NDArray[np.int64]) -> P
     if isinstance(given, ValuePredictions):
         assert isinstance(kept, ValuePredictions)
         return replace(kept, values=mean(given.values))
+    if isinstance(given, JointPredictions):
+        assert isinstance(kept, JointPredictions)
+        pairs = zip(given.parts.items(), kept.parts.values(), strict=True)
+        means = {name: _averaged(one, two, of) for (name, one), two in pairs}
+        return JointPredictions(cast(dict[str, OneTarget], means))
     assert isinstance(kept, RiskPredictions)
+    assert isinstance(given, RiskPredictions)
     high = None if given.high is None else mean(given.high.astype(np.float64)) >= 0.5
     return replace(kept, risks=mean(given.risks), high=high)

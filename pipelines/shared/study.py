@@ -47,14 +47,12 @@ def check_baselines(chosen: Sequence[str], known: Mapping[str, str]) -> None:
 
 
 def architecture_of(config: dict[str, Any], *, num_classes: int) -> dict[str, Any]:
-    """Take the arguments of an encoder that sorts into classes from the configuration.
+    """Take the arguments of an encoder from the configuration.
 
-    Raises InputError for a pooling model and for another task, which only slides have.
+    Raises InputError for a pooling model.
     """
     if "kind" in config["model"]:
         raise InputError(f"model={config['model']['kind']} pools the tiles of slides, nothing else")
-    if config.get("task", {}).get("name", "classification") != "classification":
-        raise InputError(f"task={config['task']['name']} is one of slides; use classification")
     expression = config["pattern"]["expression"]
     return {**config["model"], "pattern": expression, "num_classes": num_classes}
 

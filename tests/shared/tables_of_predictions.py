@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipelines.shared.saved_predictions import table_of_track
+from pipelines.shared.stretches import sum_up
+
 
 def write_classes(
     path: Path,
@@ -56,6 +59,34 @@ def write_values(path: Path, *, seed: int = 0) -> Path:
     targets = generator.normal(size=30)
     table = pd.DataFrame({"id": [f"r{row}" for row in range(30)], "target": targets})
     table["prediction"] = targets + generator.normal(scale=0.3, size=30)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    return path
+
+
+def write_labels(path: Path, *, seed: int = 0) -> Path:
+    """40 validation and 40 test rows with two labels each, `rare` on a fifth of them."""
+    generator = np.random.default_rng(seed)
+    table = pd.DataFrame({"id": [f"r{row}" for row in range(80)]})
+    table["split"] = ["val"] * 40 + ["test"] * 40
+    for name, rate in (("common", 0.5), ("rare", 0.2)):
+        there = (np.arange(80) % 10 < 10 * rate).astype(int)
+        table[f"label_{name}"] = there
+        share = 0.4 * rate + 0.5 * there + generator.normal(scale=0.1, size=80)
+        table[f"probability_{name}"] = share.clip(0, 1).round(6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    return path
+
+
+def write_tracks(path: Path, *, seed: int = 0) -> Path:
+    """20 test stretches of 50 places of two tracks."""
+    generator = np.random.default_rng(seed)
+    table = pd.DataFrame({"id": [f"chr1:{row}" for row in range(20)], "split": "test"})
+    for name, noise in (("one.plus", 0.5), ("two", 2.0)):
+        targets = [generator.normal(size=50) for _ in range(20)]
+        said = [target + generator.normal(scale=noise, size=50) for target in targets]
+        table = table.join(table_of_track(name, sum_up(targets, said)))
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return path

@@ -1,12 +1,20 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.shared.assessment import Assessment, assess
+from pipelines.shared.metrics import ClassPredictions, JointPredictions
 from pipelines.shared.report import NO_BREAK, Words, summarise, write_report
 from pipelines.shared.saved_predictions import read_parts
-from tests.shared.tables_of_predictions import write_classes, write_risks, write_values
+from tests.shared.tables_of_predictions import (
+    write_classes,
+    write_labels,
+    write_risks,
+    write_tracks,
+    write_values,
+)
 
 WORDS = Words("slides", "patients", {"model": "ours <3>"})
 
@@ -56,7 +64,12 @@ def test_the_page_holds_everything_itself(found: Assessment, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("write", "words"), [(write_risks, "Survival by risk"), (write_values, "Predicted and true")]
+    ("write", "words"),
+    [
+        (write_risks, "Survival by risk"),
+        (write_values, "Predicted and true"),
+        (write_tracks, "R2 by track"),
+    ],
 )
 def test_other_tasks_have_their_figures(write: object, words: str, tmp_path: Path) -> None:
     assert callable(write)
@@ -67,6 +80,27 @@ def test_other_tasks_have_their_figures(write: object, words: str, tmp_path: Pat
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert words in page
     assert "Youden" not in page
+
+
+def test_labels_have_a_threshold_each_and_a_row_each(tmp_path: Path) -> None:
+    single = assess({"model": [read_parts(write_labels(tmp_path / "t.csv"))]}, resamples=20)
+
+    assert single.task == "multilabel"
+    given = single.tested["model"][0].predictions
+    assert isinstance(given, JointPredictions)
+    cuts = [part.threshold for part in given.parts.values() if isinstance(part, ClassPredictions)]
+    assert cuts[0] != cuts[1]
+    assert min(cut or 0 for cut in cuts) > 0.2
+    assert list(single.by_target) == ["common", "rare"]
+    mean = np.mean([s["model"]["auroc"].value or 0 for s in single.by_target.values()])
+    assert single.scores["model"]["auroc"].value == pytest.approx(mean)
+    text = summarise(single, WORDS)
+    assert "AUROC by label" in text
+    assert "exact match" in text
+    write_report(tmp_path / "r.html", single, title="t", words=WORDS, facts={}, notes=[])
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "ROC, mean over the labels" in page
+    assert page.count("data:image/svg+xml;base64,") == 2
 
 
 def test_the_terminal_shows_models_differences_and_subgroups(found: Assessment) -> None:

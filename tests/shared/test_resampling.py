@@ -6,6 +6,7 @@ from scipy.special import softmax
 
 from pipelines.shared.metrics import (
     ClassPredictions,
+    JointPredictions,
     Predictions,
     RiskPredictions,
     ValuePredictions,
@@ -37,9 +38,21 @@ def _risks() -> RiskPredictions:
     return RiskPredictions(times, generator.random(70) < 0.6, risks)
 
 
+def _labels() -> JointPredictions:
+    generator = np.random.default_rng(5)
+    parts = {}
+    for name, threshold in (("x", 0.3), ("y", 0.6), ("z", 0.5)):
+        there = generator.integers(0, 2, 40)
+        share = np.round(np.clip(there * 0.3 + 0.7 * generator.random(40), 0, 1), 2)
+        parts[name] = ClassPredictions(
+            ("0", "1"), there, np.stack([1 - share, share], 1), threshold
+        )
+    return JointPredictions(parts)
+
+
 @pytest.mark.parametrize(
-    "given", [_classes(2), _classes(3), _classes(4), _numbers(), _risks()],
-    ids=["2 classes", "3 classes", "4 ordered classes", "numbers", "risks"],
+    "given", [_classes(2), _classes(3), _classes(4), _numbers(), _risks(), _labels()],
+    ids=["2 classes", "3 classes", "4 ordered classes", "numbers", "risks", "labels"],
 )  # fmt: skip
 def test_a_resample_scores_as_the_libraries_score_its_rows(given: Predictions) -> None:
     generator = np.random.default_rng(0)

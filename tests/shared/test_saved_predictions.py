@@ -4,9 +4,21 @@ import pandas as pd
 import pytest
 
 from pipelines.shared.errors import InputError
-from pipelines.shared.metrics import ClassPredictions, RiskPredictions, ValuePredictions
+from pipelines.shared.metrics import (
+    ClassPredictions,
+    JointPredictions,
+    RiskPredictions,
+    ValuePredictions,
+    measure,
+)
 from pipelines.shared.saved_predictions import find_tables, read_parts
-from tests.shared.tables_of_predictions import write_classes, write_risks, write_values
+from tests.shared.tables_of_predictions import (
+    write_classes,
+    write_labels,
+    write_risks,
+    write_tracks,
+    write_values,
+)
 
 
 def test_classes_are_read_by_split(tmp_path: Path) -> None:
@@ -55,6 +67,34 @@ def test_risks_and_numbers_are_read_and_averaged(tmp_path: Path) -> None:
     assert isinstance(merged.predictions, RiskPredictions)
     assert merged.predictions.risks.tolist() == [1.5, 0.0]
     assert merged.predictions.times.tolist() == [3.0, 5.0]
+
+
+def test_several_labels_are_read_and_averaged(tmp_path: Path) -> None:
+    path = write_labels(tmp_path / "t.csv")
+    given = read_parts(path)["test"].predictions
+    assert isinstance(given, JointPredictions)
+    assert list(given.parts) == ["common", "rare"]
+    assert given.parts["rare"].targets.sum() == 8
+    table = pd.read_csv(path)
+    table["group"] = table["id"].str[:-1]  # r0, r1 to r7: ten rows each, whose labels differ
+    table.to_csv(path, index=False)
+    with pytest.raises(InputError, match="differ in what is known"):
+        read_parts(path, group_column="group", by_group=True)
+    table = table.assign(label_rare="2")
+    table.to_csv(path, index=False)
+    with pytest.raises(InputError, match="row 2: label_rare is 1 or 0; got '2'"):
+        read_parts(path)
+
+
+def test_tracks_come_back_to_the_last_digit(tmp_path: Path) -> None:
+    given = read_parts(write_tracks(tmp_path / "t.csv"))["test"].predictions
+    assert isinstance(given, JointPredictions)
+    assert list(given.parts) == ["one.plus", "two"]
+    assert measure(given.parts["one.plus"])["r2"].value == pytest.approx(0.75, abs=0.05)
+    table = pd.read_csv(tmp_path / "t.csv").drop(columns="two.covariance")
+    table.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(InputError, match=r"no column 'two\.covariance'"):
+        read_parts(tmp_path / "t.csv")
 
 
 def test_a_group_of_two_labels_cannot_be_one_row(tmp_path: Path) -> None:
