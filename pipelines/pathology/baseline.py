@@ -21,6 +21,9 @@ BASELINES = {
     "colour": "slide colour, logistic regression",
 }
 
+CLASSES_ONLY = ("clam_sb", "colour")
+"""Of the baselines: no numbers and no survival."""
+
 
 def colour_numbers(slide: SlideFeatures) -> NDArray[np.float64]:
     """Mean and spread of R, G and B over the slide's tissue, from its overview [6]."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipelines.pathology.baseline import CLASSES_ONLY
 from pipelines.pathology.split_tables import read_fold
 from pipelines.pathology.survival import CoxSurvival, DiscreteSurvival, read_survival
 from pipelines.shared.batch import Target
@@ -80,9 +81,8 @@ def check_task(config: dict[str, Any]) -> None:
     if task["name"] not in TRUTH:
         raise InputError(f"task={task['name']} is one of DNA; slides have {', '.join(TRUTH)}")
     if task["name"] != "classification":
-        for name in (kind, *config["baselines"]):
-            if name in ("clam_sb", "colour"):
-                raise InputError(f"{name} knows classes only; it does not fit task={task['name']}")
+        if kind in CLASSES_ONLY:
+            raise InputError(f"{kind} knows classes only; it does not fit task={task['name']}")
     elif task["class_weights"] not in (None, "balanced"):
         raise InputError(f"task.class_weights: null or balanced; got {task['class_weights']!r}")
     elif task["sampling"] not in (None, "balanced"):
@@ -128,7 +128,8 @@ def make_objective(config: dict[str, Any], cohort: Cohort) -> Objective:
         if not objective.suffices(targets):
             raise InputError(
                 f"task=survival_cox compares patients: {task['patients']} or more with an event "
-                f"among them are needed for training; there are {len(targets)}"
+                f"among them are needed for training; there are {len(targets)}: give more rows, or "
+                "task.patients=NUMBER"
             )
         return objective
     weights = None

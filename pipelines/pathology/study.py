@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipelines.pathology.baseline import BASELINES, fit_colour_baseline
+from pipelines.pathology.baseline import BASELINES, CLASSES_ONLY, fit_colour_baseline
 from pipelines.pathology.cohort import Case, Cohort, make_objective, sample_weights
 from pipelines.pathology.data import Augmentation, SlideDataset
 from pipelines.pathology.heatmap import draw_attention
@@ -74,11 +74,13 @@ class Study:
 
     def run(self, failures: list[Failure]) -> int:
         """Train everything, print the comparison, write the model and the run's record."""
-        own = self.config["model"].get("kind")
+        own, task = self.config["model"].get("kind"), self.config["task"]["name"]
         results = {"model": self._train("model")}
         for name in self.config["baselines"]:
             if name == own:
                 print(f"note: baseline {name} is the model itself and left out")
+            elif name in CLASSES_ONLY and task != "classification":
+                print(f"note: baseline {name} knows classes only and is left out of task={task}")
             else:
                 results[name] = self._colour() if name == "colour" else self._train(name)
         if is_main_process():

@@ -190,6 +190,18 @@ def test_splits_of_a_table_are_kept(cohort: Path, tmp_path: Path, capsys) -> Non
     assert (found["split"] == known.loc[found["patient_id"]].to_numpy()).all()
 
 
+def test_baselines_that_know_classes_only_are_left_out_of_other_tasks(
+    cohort: Path, tmp_path: Path, capsys
+) -> None:
+    """So that no task needs other baselines= than the default, nor the README's line."""
+    train(
+        cohort, tmp_path, "task=regression", "columns.label=burden", "model=mean",
+        "baselines=[abmil,clam_sb,colour]", "epochs=1",
+    )  # fmt: skip
+    assert "note: baseline clam_sb knows classes only" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["abmil", "model"]
+
+
 BAD = {
     "event": (["task=survival_cox", "columns.time=months", "columns.event=burden"], "event is 1"),
     "time": (
