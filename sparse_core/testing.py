@@ -2,7 +2,9 @@
 
 import resource
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,6 +108,18 @@ def run_with_gradients(attention: Attention, inputs: Inputs) -> dict[str, Tensor
     shapes = [None, None, *leaves]
     filled = [torch.zeros_like(s) if x is None else x for x, s in zip(found, shapes, strict=True)]
     return dict(zip(RESULTS, (x.detach() for x in filled), strict=True))
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise RuntimeError where the host would wait for a CUDA device."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def reference_results(

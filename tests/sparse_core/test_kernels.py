@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import warnings
 from itertools import product
 
 import pytest
@@ -31,6 +30,7 @@ from sparse_core.testing import (
     Inputs,
     check_against_float64,
     make_inputs,
+    no_waiting,
     reference_results,
 )
 
@@ -219,13 +219,8 @@ def _cuda_problem(
 def test_the_host_never_waits() -> None:
     layout, leaves = _cuda_problem(MIXED, 5000)
     sparse_attention(*leaves, layout).float().square().sum().backward()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         sparse_attention(*leaves, layout).float().square().sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @on_gpu

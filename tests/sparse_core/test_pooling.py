@@ -11,7 +11,7 @@ from sparse_core.nn import SparseEncoder
 from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, SlidingWindow
 from sparse_core.patterns.joined import is_pooled
 from sparse_core.pooling import PooledLayout, build_pooled_layout, pooled_attention
-from sparse_core.testing import TOLERANCE, make_tissue
+from sparse_core.testing import TOLERANCE, make_tissue, no_waiting
 
 GPU = (
     pytest.mark.gpu,
@@ -171,6 +171,20 @@ def test_results_and_gradients_are_those_written_out(
         ):
             error = (x.detach().double().cpu() - right).norm() / right.norm()
             assert error < 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_host_never_waits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, 3000, 2, 16, generator=generator).cuda() for _ in range(3)]
+    q, k, v = (x.requires_grad_() for x in leaves)
+    scores = torch.randn(1, 3000, 2, generator=generator).cuda().requires_grad_()
+    pooled = build_pooled_layout(Hierarchical(cell=16) | GlobalTokens(2), 3000, device="cuda")
+    pooled_attention(q, k, v, pooled, scores=scores).sum().backward()
+    torch.cuda.synchronize()
+    with no_waiting():
+        pooled_attention(q, k, v, pooled, scores=scores).sum().backward()
 
 
 def gradients(out: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
