@@ -1,7 +1,7 @@
 """Records of DNA from a file of any format, stdin, or a folder of them; one held at a time."""
 
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,6 +207,14 @@ class Ids:
         self._seen: dict[str, Place | None] = {}
         self.repeated: list[tuple[str, str]] = []
         """Each repeated id, and the two places where it stands."""
+
+    def admit_all(self, records: Sequence[RawRecord]) -> bool:
+        """Admit many records, if no id of theirs stands twice; otherwise none."""
+        places = {record.id: record.place for record in records}
+        if len(places) < len(records) or not self._seen.keys().isdisjoint(places):
+            return False
+        self._seen.update(places)
+        return True
 
     def admit(self, record: Record | RawRecord) -> bool:
         """Tell whether the record stays, under another id maybe; raises InputError if refused."""

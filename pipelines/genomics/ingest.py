@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 from google_crc32c import extend as crc32c
 
-from pipelines.genomics.batches import BATCH_BYTES, Batch, Packed, parse_batch
+from pipelines.genomics.batches import BATCH_BYTES, Batch, parse_batch
 from pipelines.genomics.folders import list_parts
 from pipelines.genomics.formats import TABLES, Format
 from pipelines.genomics.genome import Ids, RawRecord, RecordError, read_raw_records
@@ -197,18 +197,22 @@ class _Job:
         self.formats[f"{kind}{packed}"] = None
         self.bar.open(source)
 
-    def accept(self, batch: Batch) -> Iterator[tuple[RawRecord, Packed]]:
-        """Yield the records that go into the store; count them, and list what does not."""
-        self.tally.total.update(batch.counts)
-        for found in batch.found:
-            if isinstance(found, RecordError):
-                self._fail(found)
-            elif self.names.admit(found[0]):
-                self.tally.add(*found)
-                yield found
-            else:
-                self.tally.drop(found[1])
-        self.bar.update(len(self.tally.records))
+    def accept(self, batch: Batch) -> Batch:
+        """Choose the records that go into the store; count them, and list what does not."""
+        if batch.errors or not self.names.admit_all(batch.raws):
+            batch = batch.only(
+                [p for p, raw in enumerate(batch.raws) if self._admit(raw, p, batch)]
+            )
+        self.tally.add(batch)
+        self.bar.update(len(self.tally.ids))
+        return batch
+
+    def _admit(self, raw: RawRecord, place: int, batch: Batch) -> bool:
+        error = batch.errors.get(place)
+        if error is not None:
+            self._fail(error)
+            return False
+        return self.names.admit(raw)
 
     def _fail(self, error: RecordError) -> None:
         if self.reading.bad_records == "error":
@@ -257,22 +261,22 @@ def _write(
             checksum = workers.submit(job.checksum)
             writer = StoreWriter(aside, workers, num_workers=num_workers)
             for batch in _parsed(job, records, workers, num_workers):
-                for record, packed in job.accept(batch):
-                    writer.append(record, packed)
+                writer.append(job.accept(batch))
             _require_records(job)
+            writer.close()
             source = {
                 "name": job.name,
                 "formats": list(job.formats),
                 "checksum": checksum.result(),
             }
+            report = job.report(writer.digests, source, writer.digest)  # while the last is written
             counts = asdict(job.tally.counts())
-            digest = writer.finish({"source": source, "settings": job.settings, "counts": counts})
+            writer.finish({"source": source, "settings": job.settings, "counts": counts})
         except BaseException:
             workers.shutdown(cancel_futures=True)
             raise
         finally:
             job.bar.close()
-    report = job.report(writer.digests, source, digest)
     (aside / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     write_failures(aside / FAILURES, job.failures, id_column="id")
     for note in notes_of(report):
@@ -283,8 +287,7 @@ def _check(sequences: str, reading: Reading, columns: Columns, *, progress: bool
     """Read everything and write nothing."""
     job = _Job(sequences, reading, columns, progress)
     for raws in _batches(job.records()):
-        for _ in job.accept(parse_batch(raws, reading)):
-            pass
+        job.accept(parse_batch(raws, reading))
     job.bar.close()
     _require_records(job)
     for failure in job.failures:
@@ -323,7 +326,7 @@ def _batches(raws: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
 
 
 def _require_records(job: _Job) -> None:
-    if job.tally.records:
+    if job.tally.ids:
         return
     if job.failures:
         first = job.failures[0]

@@ -3,94 +3,89 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import LETTERS
-from pipelines.genomics.batches import Packed
-from pipelines.genomics.genome import Ids, RawRecord
+from pipelines.genomics.batches import COUNTED, Batch
+from pipelines.genomics.genome import Ids
 from pipelines.genomics.store import LetterCounts
 
 _NUM_LISTED = 1000
 
 
-class Counted(NamedTuple):
-    """What is kept of a record for the report."""
-
-    id: str
-    label: str | None
-    split: str | None
-    length: int
-    gc: int
-    n: int
-    lower: int
-    n_runs: int
-
-
 @dataclass(slots=True)
 class Tally:
-    """Counts of the records so far."""
+    """Counts of the records so far; lists and columns run in parallel."""
 
-    total: Counter[str] = field(default_factory=Counter)
-    records: list[Counted] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    labels: list[str | None] = field(default_factory=list)
+    splits: list[str | None] = field(default_factory=list)
     mixed: list[str] = field(default_factory=list)
     """Ids of records that hold T and U."""
+    _total: Int64[ndarray, "C"] = field(default_factory=lambda: np.zeros(len(COUNTED), np.int64))
+    _columns: list[Int64[ndarray, "5 R"]] = field(default_factory=list)
 
-    def add(self, raw: RawRecord, packed: Packed) -> None:
-        """Count one more record; its letters are counted with those of its batch."""
-        counts, length = packed.counts, packed.length
-        n = n_runs = 0
-        if packed.others.size:
-            n, n_runs = counts.get("N", 0), int((packed.others[:, 2] == _N).sum())
-        lower = counts.get("lower", 0)
-        row = Counted(raw.id, raw.label, raw.split, length, packed.gc, n, lower, n_runs)
-        self.records.append(row)
-        if 0 < counts.get("uracil", 0) < counts.get("T", 0):
-            self.mixed.append(raw.id)
+    def add(self, batch: Batch) -> None:
+        """Count more records."""
+        self.ids += [raw.id for raw in batch.raws]
+        self.labels += [raw.label for raw in batch.raws]
+        self.splits += [raw.split for raw in batch.raws]
+        self._total += batch.counts.sum(axis=0)
+        n_runs = np.zeros_like(batch.lengths)
+        for place, runs in batch.others.items():
+            n_runs[place] = (runs[:, 2] == _N).sum()
+        count = dict(zip(COUNTED, batch.counts.T, strict=True))
+        self._columns.append(
+            np.stack([batch.lengths, count["G"] + count["C"], count["N"], count["lower"], n_runs])
+        )
+        mixed = np.flatnonzero((count["uracil"] > 0) & (count["uracil"] < count["T"]))
+        self.mixed += [batch.raws[place].id for place in mixed]
 
-    def drop(self, packed: Packed) -> None:
-        """Take the letters of a record that was counted with its batch out again."""
-        self.total.subtract(packed.counts)
+    @property
+    def total(self) -> dict[str, int]:
+        """How often each of `COUNTED` was found."""
+        return dict(zip(COUNTED, self._total.tolist(), strict=True))
 
     def counts(self) -> LetterCounts:
         """The counts that a store carries along."""
+        total = self.total
         return LetterCounts(
-            records=len(self.records),
-            bases=sum(record.length for record in self.records),
-            n=self.total["N"],
-            iupac=sum(self.total[letter] for letter in LETTERS[5:]),
-            lower=self.total["lower"],
-            uracil=self.total["uracil"],
+            records=len(self.ids),
+            bases=sum(int(columns[0].sum()) for columns in self._columns),
+            n=total["N"],
+            iupac=sum(total[letter] for letter in LETTERS[5:]),
+            lower=total["lower"],
+            uracil=total["uracil"],
         )
 
     def report(self, digests: Sequence[bytes], names: Ids) -> dict[str, Any]:
         """Put together the report's counts, extremes, copies and conflicts."""
-        copies = self._copies(digests)
-        labels, splits = self._column("label"), self._column("split")
-        conflicts = [places for places in copies if len(_values(labels, places)) > 1]
-        leaks = [places for places in copies if len(_values(splits, places)) > 1]
-        lengths = np.array(self._column("length"))
+        total, columns = self.total, np.concatenate(self._columns, axis=1)
+        copies = _copies(digests)
+        conflicts = [places for places in copies if len(_values(self.labels, places)) > 1]
+        leaks = [places for places in copies if len(_values(self.splits, places)) > 1]
+        lengths, n_runs = columns[0], columns[-1]
         return {
-            "records": len(self.records),
+            "records": len(self.ids),
             "bases": int(lengths.sum()),
-            "letters": {letter: self.total[letter] for letter in LETTERS if self.total[letter]},
+            "letters": {letter: total[letter] for letter in LETTERS if total[letter]},
             "read_otherwise": {
-                "lower_case": self.total["lower"],
-                "uracil_as_t": self.total["uracil"],
-                "iupac_as_n": self.total["iupac"],
-                "others_as_n": self.total["others"],
-                "gaps_left_out": self.total["gaps"],
-                "digits_left_out": self.total["digits"],
-                "blanks_left_out": self.total["whitespace"],
+                "lower_case": total["lower"],
+                "uracil_as_t": total["uracil"],
+                "iupac_as_n": total["iupac"],
+                "others_as_n": total["others"],
+                "gaps_left_out": total["gaps"],
+                "digits_left_out": total["digits"],
+                "blanks_left_out": total["whitespace"],
             },
             "t_and_u": {"records": len(self.mixed), "ids": self.mixed[:_NUM_LISTED]},
-            "n_runs": sum(self._column("n_runs")),
+            "n_runs": int(n_runs.sum()),
             "lengths": _spread(lengths),
-            "extremes": self._extremes(),
+            "extremes": self._extremes(columns),
             "labels": self._by_split(),
             "repeated_ids": {
                 "count": len(names.repeated),
@@ -100,16 +95,13 @@ class Tally:
                 "sequences": len(copies),
                 "records": sum(map(len, copies)),
                 "across_splits": len(leaks),
-                "ids": [
-                    [self.records[place].id for place in places] for places in copies[:_NUM_LISTED]
-                ],
+                "ids": [[self.ids[place] for place in places] for places in copies[:_NUM_LISTED]],
             },
             "conflicts": [self._conflict(places) for places in conflicts],
         }
 
-    def _extremes(self) -> dict[str, dict[str, object]]:
-        names = ("length", "gc", "n", "lower", "n_runs")
-        lengths, gc, n, lower, n_runs = (np.array(self._column(name)) for name in names)
+    def _extremes(self, columns: Int64[ndarray, "5 R"]) -> dict[str, dict[str, object]]:
+        lengths, gc, n, lower, n_runs = columns
         gc = gc / np.maximum(lengths - n, 1)
         shares = {
             "shortest": (lengths, np.argmin),
@@ -122,36 +114,25 @@ class Tally:
         }
         found = {name: (values, int(pick(values))) for name, (values, pick) in shares.items()}
         return {
-            name: {"id": self.records[place].id, "value": round(values[place].item(), 6)}
+            name: {"id": self.ids[place], "value": round(values[place].item(), 6)}
             for name, (values, place) in found.items()
             if values[place] > 0
         }
 
     def _by_split(self) -> dict[str, dict[str, int]]:
         """Records of each label in each split; a place for those that have none."""
-        labels, splits = self._column("label"), self._column("split")
-        if not any(labels) and not any(splits):
+        if not any(self.labels) and not any(self.splits):
             return {}
         table: dict[str, Counter[str]] = defaultdict(Counter)
-        for label, split in zip(labels, splits, strict=True):
+        for label, split in zip(self.labels, self.splits, strict=True):
             table[split or "all"][label or "no label"] += 1
         return {split: dict(counts.most_common(_NUM_LISTED)) for split, counts in table.items()}
 
-    def _copies(self, digests: Sequence[bytes]) -> list[list[int]]:
-        places: dict[bytes, list[int]] = defaultdict(list)
-        for place, digest in enumerate(digests):
-            places[digest].append(place)
-        return [found for found in places.values() if len(found) > 1]
-
-    def _column(self, name: str) -> list[Any]:
-        return list(map(attrgetter(name), self.records))
-
     def _conflict(self, places: Sequence[int]) -> dict[str, list[str | None]]:
-        found = [self.records[place] for place in places]
         return {
-            "ids": [record.id for record in found],
-            "labels": [record.label for record in found],
-            "splits": [record.split for record in found],
+            "ids": [self.ids[place] for place in places],
+            "labels": [self.labels[place] for place in places],
+            "splits": [self.splits[place] for place in places],
         }
 
 
@@ -173,6 +154,16 @@ def notes_of(report: dict[str, Any]) -> list[str]:
         "of them with different labels": len(report["conflicts"]),
     }
     return [f"{count:,} {text}" for text, count in sentences.items() if count]
+
+
+def _copies(digests: Sequence[bytes]) -> list[list[int]]:
+    """Places of equal digests, for those that stand more than once."""
+    twice = {digest for digest, count in Counter(digests).items() if count > 1}
+    places: dict[bytes, list[int]] = defaultdict(list)
+    for place, digest in enumerate(digests):
+        if digest in twice:
+            places[digest].append(place)
+    return list(places.values())
 
 
 def _spread(lengths: Int64[ndarray, "R"]) -> dict[str, float]:

@@ -17,6 +17,8 @@ from pipelines.shared.errors import InputError
 GAPS = b"-.*"
 DIGITS = b"0123456789"
 WHITESPACE = b" \t\r\n\v\f"
+NOTED = ("lower", "uracil", "gaps", "digits", "whitespace", "others", "iupac")
+"""What is counted besides the letters that are kept."""
 
 _PIECE = 1 << 18
 _LONGEST_LINE = 4096
@@ -87,8 +89,8 @@ class Letters:
     mask: Int64[ndarray, "R 2"]
     """Runs of letters that stood in lower case, 0-based half-open."""
     counts: dict[str, int] = field(default_factory=dict)
-    """How often each of `LETTERS` stands in `text`; and how much was lower, uracil, gaps, digits,
-    whitespace (but line breaks), others and iupac (read as N). Zeros are left out."""
+    """How often each of `LETTERS` stands in `text`; and how much was one of `NOTED`: whitespace but
+    line breaks, iupac that is read as N. Zeros are left out."""
 
 
 _NO_RUNS = np.empty((0, 2), dtype=np.int64)

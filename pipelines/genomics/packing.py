@@ -64,19 +64,19 @@ def pack_plain(letters: UInt8[ndarray, "T"]) -> UInt8[ndarray, "P"] | None:
     words = letters.view(_WORD)
     packed = np.empty(words.size, dtype=np.uint8)
     size = min(_PIECE // PER_BYTE, words.size)
-    scratch = np.empty((3, size), dtype=_WORD)
+    scratch = np.empty((2, size), dtype=_WORD)
     for start in range(0, words.size, size or 1):
         piece = words[start : start + size]
-        codes, upper, rest = scratch[:, : piece.size]
-        np.right_shift(piece, _U32(2), out=upper)
-        np.bitwise_and(upper, _each(0x01), out=upper)
+        codes, rest = scratch[:, : piece.size]
         np.right_shift(piece, _U32(1), out=codes)
         np.bitwise_and(codes, _each(0x03), out=codes)
-        np.bitwise_xor(codes, upper, out=codes)
-        np.bitwise_and(codes, upper, out=upper)
-        np.multiply(upper, _U32(0x11), out=upper)
-        np.bitwise_and(piece, _each(0xF9), out=rest)
-        np.bitwise_xor(rest, upper, out=rest)
+        np.right_shift(codes, _U32(1), out=rest)
+        np.bitwise_and(rest, _each(0x01), out=rest)
+        np.bitwise_xor(codes, rest, out=codes)
+        np.bitwise_and(rest, codes, out=rest)
+        np.multiply(rest, _U32(0x11), out=rest)
+        np.bitwise_xor(rest, piece, out=rest)
+        np.bitwise_and(rest, _each(0xF9), out=rest)
         if (rest != _each(0x41)).any():
             return None
         np.multiply(codes, _GATHER, out=codes)

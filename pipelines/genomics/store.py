@@ -13,6 +13,7 @@ alone: on their ids, descriptions, letters, soft mask, labels, groups and splits
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,47 +59,66 @@ class LetterCounts:
 class SequenceStore:
     """Read records, or stretches of them, from a store that `ingest` wrote.
 
-    A store of up to `memory_bytes` is read once, whole, on first use (a human genome takes 0.8
-    GB); of a larger one, decoded chunks are kept. An instance may be sent to worker processes: each
-    opens the store itself.
+    All is read on first use. A store of up to `memory_bytes` is then kept whole (a human genome
+    takes 0.8 GB); of a larger one, decoded chunks are kept. An instance may be sent to worker
+    processes: each opens the store itself.
     """
-
-    ids: tuple[str, ...]
-    descriptions: tuple[str, ...]
-    offsets: Int64[ndarray, "R"]
-    """Where each record begins on the flat axis: multiples of 4."""
-    lengths: Int64[ndarray, "R"]
-    circular: Bool[ndarray, "R"]
-    digests: UInt8[ndarray, "R 16"]
-    """Equal for records of equal letters, read on this strand; case and U do not matter."""
-    labels: tuple[str | None, ...]
-    groups: tuple[str | None, ...]
-    splits: tuple[str | None, ...]
-    """What stood beside the records in their table or folder."""
 
     def __init__(self, path: str | Path, *, memory_bytes: int = 1 << 30) -> None:
         self.path = Path(path)
         self.memory_bytes = memory_bytes
-        group = open_group(self.path)
-        self.counts = LetterCounts(**group.attrs["counts"])
-        self.fingerprint = str(group.attrs["digest"])
-        records = group["records"]
-        self.offsets, self.lengths = records["offset"][:], records["length"][:]
-        self.circular, self.digests = records["circular"][:], records["digest"][:]
-        names = _read_text(records["header"], 2)
-        self.ids = tuple(name for name, _ in names)
-        self.descriptions = tuple(description for _, description in names)
-        beside = _read_text(records["label"], 3) or [("", "", "")] * len(names)
-        self.labels, self.groups, self.splits = (
-            tuple(value or None for value in column) for column in zip(*beside, strict=True)
-        )
-        others = group["others"]
-        self._others = (others["start"][:], others["length"][:], others["token"][:])
-        self._num_bytes = int(group["bases"].shape[0])
+        attributes = open_group(self.path).attrs
+        self.counts = LetterCounts(**attributes["counts"])
+        self.fingerprint = str(attributes["digest"])
         self._forget()
 
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the records, in their order."""
+        return self._headers[0]
+
+    @cached_property
+    def descriptions(self) -> tuple[str, ...]:
+        """What stood behind the ids."""
+        return self._headers[1]
+
+    @cached_property
+    def offsets(self) -> Int64[ndarray, "R"]:
+        """Where each record begins on the flat axis: multiples of 4."""
+        return self._column("records/offset")
+
+    @cached_property
+    def lengths(self) -> Int64[ndarray, "R"]:
+        """How many bases each record has."""
+        return self._column("records/length")
+
+    @cached_property
+    def circular(self) -> Bool[ndarray, "R"]:
+        """Which records end where they begin."""
+        return self._column("records/circular")
+
+    @cached_property
+    def digests(self) -> UInt8[ndarray, "R 16"]:
+        """Equal for records of equal letters, read on this strand; case and U do not matter."""
+        return self._column("records/digest")
+
+    @property
+    def labels(self) -> tuple[str | None, ...]:
+        """Labels that stood beside the records in their table or folder."""
+        return self._beside[0]
+
+    @property
+    def groups(self) -> tuple[str | None, ...]:
+        """Groups that stood there."""
+        return self._beside[1]
+
+    @property
+    def splits(self) -> tuple[str | None, ...]:
+        """Splits that stood there."""
+        return self._beside[2]
+
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.counts.records
 
     def read(self, record: int, start: int = 0, end: int | None = None) -> UInt8[ndarray, "T"]:
         """Copy the tokens [start, end) of one record; all of it by default."""
@@ -197,6 +217,28 @@ class SequenceStore:
         state |= {"_bases": None, "_whole": None, "_masked": None, "_chunks": OrderedDict()}
         return state
 
+    def _column(self, name: str) -> ndarray:
+        return np.asarray(open_group(self.path)[name][:])
+
+    @cached_property
+    def _headers(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(zip(*_read_text(self._column("records/header"), 2), strict=True))
+
+    @cached_property
+    def _beside(self) -> tuple[tuple[str | None, ...], ...]:
+        rows = _read_text(self._column("records/label"), 3) or [("", "", "")] * len(self)
+        return tuple(tuple(value or None for value in column) for column in zip(*rows, strict=True))
+
+    @cached_property
+    def _others(self) -> tuple[Int64[ndarray, "K"], Int64[ndarray, "K"], UInt8[ndarray, "K"]]:
+        names = ("start", "length", "token")
+        start, length, token = (self._column(f"others/{name}") for name in names)
+        return start, length, token
+
+    @cached_property
+    def _num_bytes(self) -> int:
+        return int(self._array().shape[0])
+
     def _forget(self) -> None:
         self._bases: zarr.Array | None = None
         self._whole: ndarray | None = None
@@ -224,8 +266,7 @@ class SequenceStore:
 
     def _soft_mask(self) -> Int64[ndarray, "K 2"]:
         if self._masked is None:
-            steps = open_group(self.path)["soft_mask"][:]
-            self._masked = np.cumsum(steps).reshape(-1, 2)
+            self._masked = np.cumsum(self._column("soft_mask")).reshape(-1, 2)
         return self._masked
 
     def _read_whole(self) -> UInt8[ndarray, "P"]:
@@ -276,8 +317,8 @@ def read_schema(path: Path) -> str | None:
     return schema if is_ours else None
 
 
-def _read_text(array: zarr.Array, num_columns: int) -> list[tuple[str, ...]]:
-    lines = array[:].tobytes().decode("utf-8").split("\n")[:-1]
+def _read_text(text: UInt8[ndarray, "B"], num_columns: int) -> list[tuple[str, ...]]:
+    lines = text.tobytes().decode("utf-8").split("\n")[:-1]
     return [tuple(line.split("\t", num_columns - 1)) for line in lines]
 
 

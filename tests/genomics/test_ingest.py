@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import struct
 import sys
-from collections import Counter
 
 import numpy as np
 import openpyxl
@@ -22,7 +21,7 @@ from pipelines.genomics import batches as batches_module
 from pipelines.genomics import ingest as ingest_module
 from pipelines.genomics.__main__ import main
 from pipelines.genomics.alphabet import decode
-from pipelines.genomics.batches import parse_batch
+from pipelines.genomics.batches import COUNTED, NO_RUNS, parse_batch
 from pipelines.genomics.genome import Place, RawRecord, read_records
 from pipelines.genomics.ingest import ingest, provide_store, read_report
 from pipelines.genomics.letters import Reading
@@ -223,21 +222,26 @@ def test_what_is_found_does_not_depend_on_the_batch(texts, sizes):
     alone = [parse_batch([raw], reading) for raw in raws]
     bounds = [0, *np.cumsum(sizes)]
     several = [parse_batch(raws[a:b], reading) for a, b in itertools.pairwise(bounds)]
+    expected = [record for batch in alone for record in summaries(batch)]
     for batches in (several, [parse_batch(raws, reading)]):
-        found = [summary(item) for batch in batches for item in batch.found]
-        assert found == [summary(batch.found[0]) for batch in alone]
-        assert sum((batch.counts for batch in batches), Counter()) == sum(
-            (batch.counts for batch in alone), Counter()
-        )
+        assert [record for batch in batches for record in summaries(batch)] == expected
+        readable = [batch.only([p for p in range(len(batch.raws)) if p not in batch.errors])
+                    for batch in batches]  # fmt: skip
+        assert [record for batch in readable for record in summaries(batch)] == [
+            record for record in expected if not isinstance(record, str)
+        ]
 
 
-def summary(found):
-    if isinstance(found, InputError):
-        return str(found)
-    raw, packed = found
-    counts = {name: count for name, count in packed.counts.items() if count}
-    return (raw.id, packed.length, packed.bases.tolist(), packed.others.tolist(),
-            packed.mask.tolist(), counts, packed.digest)  # fmt: skip
+def summaries(batch):
+    """All that is known of each record; of one that could not be read, why."""
+    for place, raw in enumerate(batch.raws):
+        if place in batch.errors:
+            yield str(batch.errors[place])
+        else:
+            others, mask = batch.others.get(place, NO_RUNS), batch.masks.get(place, NO_RUNS)
+            counts = dict(zip(COUNTED, batch.counts[place].tolist(), strict=True))
+            yield (raw.id, int(batch.lengths[place]), bytes(batch.bases[place]), others.tolist(),
+                   mask.tolist(), counts, batch.digests[place])  # fmt: skip
 
 
 def test_store_and_digest_do_not_depend_on_batches_or_workers(tmp_path, monkeypatch):
