@@ -1,7 +1,9 @@
 """Draw one score per tile over the slide."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +46,7 @@ def render_heatmap(
     size = (max(2 * inches * width, 4.0) + 1.6, max(inches * height, 1.5) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title.replace("$", r"\$"), fontsize=11, wrap=True)  # no formula
     left, right = figure.subplots(1, 2)
     extent = _extent_um(slide)
     left.imshow(overview, extent=extent)
@@ -78,10 +80,29 @@ def clipped_range(scores: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def caption(slide_id: str, said: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> str:
+    """Say in a line what is known of a slide and what the model says of it.
+
+    `known` and `said` are rows of a table of predictions; of several classes the predicted one is
+    named with its probability.
+    """
+    words = [f"{key} {_short(value)}" for key, value in (known or {}).items()]
+    for key in ("prediction", "risk", "group"):
+        if key in said:
+            words.append(f"{key} {_short(said[key])}")
+            share = said.get(f"probability_{said[key]}")
+            words[-1] += "" if share is None else f" ({share:.3f})"
+    return f"{slide_id}: {', '.join(words)}"
+
+
 def draw_attention(path: Path, slide: SlideFeatures, weights: np.ndarray, *, title: str) -> None:
     """Draw how much each tile counts in the slide's pooling, relative to an even share."""
     path.parent.mkdir(parents=True, exist_ok=True)
     render_heatmap(path, slide, weights, title=title, unit="attention / even share")
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _extent_um(slide: SlideFeatures) -> tuple[float, float, float, float]:

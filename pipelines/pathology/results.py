@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from pipelines.pathology.heatmap import caption
 from pipelines.pathology.sequences import Predicted
 from pipelines.pathology.slides import SlideError, SlideFile
 from pipelines.pathology.store import SlideFeatures, read_slide, slide_folder
@@ -171,8 +172,8 @@ class Results:
             write_scores(self.out / "tile_scores" / f"{slide_id}.zarr", slide, scores)
         if wanted.heatmaps and slide.has_overview:
             said = self.objective.read(case.prediction.logits.double().numpy()[None]).iloc[0]
-            shown = ", ".join(f"{key} {value}" for key, value in [*said.items()][:3])
-            draw_scores(self.out / "heatmaps", slide, scores, title=f"{slide_id}: {shown}")
+            title = caption(slide_id, said.to_dict())
+            draw_scores(self.out / "heatmaps", slide, scores, title=title)
         if wanted.geojson:
             write_tile_shapes(self.out / "geojson" / f"{slide_id}.geojson", slide, scores)
         if wanted.top_tiles and self.plan is not None:

@@ -12,7 +12,7 @@ import torch
 from pipelines.pathology.baseline import BASELINES, CLASSES_ONLY, fit_colour_baseline
 from pipelines.pathology.cohort import Case, Cohort, make_objective, sample_weights
 from pipelines.pathology.data import Augmentation, SlideDataset
-from pipelines.pathology.heatmap import draw_attention
+from pipelines.pathology.heatmap import caption, draw_attention
 from pipelines.pathology.model import TASK, SlideClassifier, architecture, build_network
 from pipelines.pathology.pooling import PoolingClassifier
 from pipelines.pathology.store import read_slide, slide_folder
@@ -289,16 +289,15 @@ class Study:
 
     def _draw_case(self, case: Case, model: Result, row: int) -> list[Path]:
         """Draw the attention of one test case, a picture for each of its slides."""
-        said = model.objective.read(model.outputs["test"][row : row + 1]).iloc[0]
-        known = model.objective.truth([case.target]).iloc[0]
-        title = ", ".join(f"{key} {value}" for key, value in [*known.items(), *said.items()][:3])
+        said = model.objective.read(model.outputs["test"][row : row + 1]).iloc[0].to_dict()
+        known = model.objective.truth([case.target]).iloc[0].to_dict()
         slides = [read_slide(slide_folder(self.store, slide)) for slide in case.slides]
         attention = model.predictions[row].attention.numpy() * sum(map(len, slides))
         parts = np.split(attention, np.cumsum([len(slide) for slide in slides])[:-1])
         paths = []
         for slide, part in zip(slides, parts, strict=True):
             paths.append(self.out / "heatmaps" / f"{slide.slide_id}.png")
-            draw_attention(paths[-1], slide, part, title=f"{slide.slide_id}: {title}")
+            draw_attention(paths[-1], slide, part, title=caption(slide.slide_id, said, known))
         return paths
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from pipelines.pathology.__main__ import VERBS
 from pipelines.pathology.encoding import StatsEncoder
 from pipelines.pathology.features import extract_features
-from pipelines.pathology.heatmap import render_heatmap
+from pipelines.pathology.heatmap import caption, render_heatmap
 from pipelines.pathology.slides import find_slides
 from pipelines.pathology.store import read_slide, slide_folder
 from pipelines.pathology.tile_scores import TileScores, write_scores
@@ -40,9 +40,30 @@ def test_scores_are_drawn_over_the_slide(stored_slide, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     scores = np.arange(len(stored_slide), dtype=float)
-    render_heatmap(folder / "a.png", stored_slide, scores, title="a_b $c", unit="share")
+    render_heatmap(folder / "a.png", stored_slide, scores, title="a_b $c_$", unit="share")
     assert [p.name for p in folder.iterdir()] == ["a.png"]
     assert colourful(folder / "a.png") > 0.1
+
+
+@pytest.mark.parametrize(
+    ("known", "said", "expected"),
+    [
+        (
+            {"label": "b"},
+            {"prediction": "c", "probability_a": 0.1, "probability_b": 0.2, "probability_c": 0.7},
+            "s: label b, prediction c (0.700)",
+        ),
+        (None, {"prediction": np.float64(2.34567)}, "s: prediction 2.346"),
+        (
+            {"time": 27.020000000000003, "event": 1},
+            {"risk": 1.103365, "group": "low", "survival_12": 0.615},
+            "s: time 27.02, event 1, risk 1.103, group low",
+        ),
+    ],
+    ids=["classes", "number", "survival"],
+)
+def test_a_picture_says_the_predicted_class_and_its_probability(known, said, expected):
+    assert caption("s", said, known) == expected
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
