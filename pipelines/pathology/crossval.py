@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pipelines.pathology.cohort import TRUTH, UNITS
+from pipelines.pathology.cohort import TRUTH
 from pipelines.pathology.evaluating import (
+    check_scoring,
     choose_reference,
     read_attributes,
     read_developed,
@@ -69,8 +70,7 @@ def crossval(config: dict[str, Any]) -> int:
 
 def _check_scoring(config: dict[str, Any], labels: Path, roster: Roster) -> None:
     """Raise InputError, before anything is trained, for what could not be scored in the end."""
-    if config["score_by"] not in UNITS:
-        raise InputError(f"score_by is {' or '.join(UNITS)}; got {config['score_by']!r}")
+    check_scoring(config)
     table = roster.table
     missing = [name for name in config["subgroups"] if name not in table]
     if missing:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from pipelines.pathology.baseline import BASELINES
+from pipelines.pathology.cohort import UNITS
 from pipelines.pathology.manifest import strip_ending
 from pipelines.shared.assessment import Assessment, assess, require_same_rows
 from pipelines.shared.errors import InputError
@@ -24,6 +25,7 @@ _CHOICES = ("task", "encoder", "pattern", "model")
 def evaluate(config: dict[str, Any]) -> int:
     """Score a run or a table and write metrics.json, summary.txt and report.html."""
     run, out = Path(config["run"]), Path(config["out"])
+    check_scoring(config)
     models = read_models(run, config)
     reference = choose_reference(config["reference"], models)
     if config["against"]:
@@ -51,6 +53,19 @@ def evaluate(config: dict[str, Any]) -> int:
     return 0
 
 
+def check_scoring(config: Mapping[str, Any]) -> None:
+    """Raise InputError for settings of `pathology_scoring` that mean nothing."""
+    if config["score_by"] not in UNITS:
+        raise InputError(f"score_by is {' or '.join(UNITS)}; got {config['score_by']!r}")
+    known = (MODEL, *BASELINES)
+    if config["reference"] is not None and config["reference"] not in known:
+        raise InputError(f"reference is one of {', '.join(known)}; got {config['reference']!r}")
+    if config["threshold"] is not None and not 0 <= config["threshold"] <= 1:
+        raise InputError(f"threshold is a probability; got {config['threshold']}")
+    if config["resamples"] < 0:
+        raise InputError(f"resamples must not be negative; got {config['resamples']}")
+
+
 def choose_reference(name: str | None, models: Models) -> str | None:
     """Return the model that differences are taken to, if it is among the models."""
     if name is not None and name not in models and len(models) > 1:
@@ -60,8 +75,6 @@ def choose_reference(name: str | None, models: Models) -> str | None:
 
 def read_models(run: Path, config: Mapping[str, Any]) -> Models:
     """Read the predictions of every model of a run, per patient or per slide."""
-    if config["score_by"] not in ("patient", "slide"):
-        raise InputError(f"score_by is patient or slide; got {config['score_by']!r}")
     return {
         name: [
             read_parts(

@@ -12,7 +12,7 @@ from tests.shared.tables_of_predictions import write_classes
 
 
 def run(*arguments: object) -> int:
-    return main("pathology", VERBS, ["evaluate", *map(str, arguments), "resamples=50"])
+    return main("pathology", VERBS, ["evaluate", "resamples=50", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -107,7 +107,10 @@ def test_a_table_of_ones_own_is_scored(tmp_path: Path) -> None:
         (["subgroups=[hospital]"], "subgroups= needs labels="),
         (["subgroups=[city]", "labels={labels}"], "no column 'city' for subgroups="),
         (["subgroups=[side]", "labels={labels}"], "use score_by=slide"),
-        (["score_by=tile"], "score_by is patient or slide"),
+        (["score_by=tile"], "score_by is slide or patient"),
+        (["reference=abmli"], "reference is one of model, mean"),
+        (["threshold=1.4"], "threshold is a probability; got 1.4"),
+        (["resamples=-1"], "resamples must not be negative; got -1"),
         (["against={folds}/fold_0"], "has 1 folds and model 2"),
         (["class_order=[a,c]"], "class_order must name each of a, b"),
     ],
