@@ -58,8 +58,9 @@ def unpack(packed: UInt8[ndarray, "P"]) -> UInt8[ndarray, "4*P"]:
 def pack_plain(letters: UInt8[ndarray, "T"]) -> UInt8[ndarray, "P"] | None:
     """Pack letters as `pack` does; None where one is not A, C, G or T in upper case.
 
-    T is a multiple of 4. Without bits 1 and 2, which `pack` keeps, A C G are 0x41 and T is 0x50:
-    0x41 once 0x11 is flipped where the code is 3.
+    T is a multiple of 4. Bit 3 is set in none of the four, so that bits 1 and 2, each modulo the
+    bit above it, are the code. Without them A C G are 0x41 and T is 0x50: 0x41 once 0x11 is flipped
+    where the code is 3.
     """
     words = letters.view(_WORD)
     packed = np.empty(words.size, dtype=np.uint8)
@@ -69,10 +70,9 @@ def pack_plain(letters: UInt8[ndarray, "T"]) -> UInt8[ndarray, "P"] | None:
         piece = words[start : start + size]
         codes, rest = scratch[:, : piece.size]
         np.right_shift(piece, _U32(1), out=codes)
-        np.bitwise_and(codes, _each(0x03), out=codes)
-        np.right_shift(codes, _U32(1), out=rest)
-        np.bitwise_and(rest, _each(0x01), out=rest)
+        np.right_shift(piece, _U32(2), out=rest)
         np.bitwise_xor(codes, rest, out=codes)
+        np.bitwise_and(codes, _each(0x03), out=codes)
         np.bitwise_and(rest, codes, out=rest)
         np.multiply(rest, _U32(0x11), out=rest)
         np.bitwise_xor(rest, piece, out=rest)

@@ -14,6 +14,7 @@ from numpy import ndarray
 from pipelines.genomics.alphabet import LETTERS
 from pipelines.genomics.batches import DIGEST_BYTES, NO_RUNS, Batch
 from pipelines.genomics.packing import PER_BYTE
+from pipelines.genomics.shards import ShardedBytes
 from pipelines.genomics.store import CHUNK_BYTES, SCHEMA, SHARD_BYTES
 
 
@@ -35,14 +36,8 @@ class StoreWriter:
 
     def __init__(self, path: Path, workers: Executor, *, num_workers: int) -> None:
         self._group = zarr.create_group(path)
-        self._bases = self._group.create_array(
-            "bases",
-            shape=(0,),
-            dtype="uint8",
-            chunks=(CHUNK_BYTES,),
-            shards=(SHARD_BYTES,),
-            compressors=zarr.codecs.ZstdCodec(level=-1, checksum=True),
-            config={"write_empty_chunks": True},  # looking for empty ones takes longer than writing
+        self._bases = ShardedBytes(
+            self._group, "bases", path, chunk=CHUNK_BYTES, shard=SHARD_BYTES, level=_LEVEL
         )
         for name in ("records", "others"):
             self._group.create_group(name)
@@ -113,20 +108,17 @@ class StoreWriter:
         packed = np.frombuffer(b"".join(self._pending), dtype=np.uint8)
         end = packed.size // SHARD_BYTES * SHARD_BYTES if whole else packed.size
         first = self._num_bytes - packed.size
-        self._bases.resize((first + end,))
+        self._bases.resize(first + end)
         for start in range(0, end, SHARD_BYTES):
-            shard = packed[start : min(start + SHARD_BYTES, end)]
-            self._write_shard(first + start, shard)
+            number = (first + start) // SHARD_BYTES
+            self._write_shard(number, packed[start : min(start + SHARD_BYTES, end)])
         self._pending = [memoryview(packed[end:].tobytes())]
         self._num_pending = packed.size - end
 
-    def _write_shard(self, start: int, shard: UInt8[ndarray, "S"]) -> None:
+    def _write_shard(self, number: int, shard: UInt8[ndarray, "S"]) -> None:
         while len(self._writes) > self._num_workers:
             self._writes.pop(0).result()
-        self._writes.append(self._workers.submit(self._put, start, shard))
-
-    def _put(self, start: int, shard: UInt8[ndarray, "S"]) -> None:
-        self._bases[start : start + shard.size] = shard
+        self._writes.append(self._workers.submit(self._bases.put, number, shard))
 
     def _write_columns(self) -> None:
         columns = self._columns
@@ -157,6 +149,8 @@ class StoreWriter:
         self._group.create_array(name, data=values)
 
 
+_LEVEL = -5
+"""Four bases a byte hardly compress, but runs of N do, at any level."""
 _NO_LABEL = "\t\t\n"
 _NO_LENGTHS = np.empty(0, dtype=np.int64)
 
