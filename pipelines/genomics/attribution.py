@@ -1,7 +1,10 @@
 """What each base adds to a score: every base changed in turn, and gradients.
 
-The score is the log odds of a class. Maps have a column for each of A C G T.
+The score is a number made of a network's numbers, such as the log odds of a class. Maps have a
+column for each of A C G T.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,6 +20,8 @@ from pipelines.shared.inference import predict
 from pipelines.shared.network import ConvolutionStem
 
 Map = Float[ndarray, "T 4"]
+Score = Callable[[Tensor], Tensor]
+"""Of the numbers that a network says of a sequence [C], or of its bases [T, C], one."""
 
 
 def log_odds(logits: Float[Tensor, "... C"], column: int) -> Float[Tensor, "..."]:
@@ -28,7 +33,7 @@ def log_odds(logits: Float[Tensor, "... C"], column: int) -> Float[Tensor, "..."
 def mutate_in_silico(
     network: nn.Module,
     bases: UInt8[ndarray, "T"],
-    column: int,
+    score: Score,
     *,
     positions: Int64[ndarray, "K"],
     max_tokens: int,
@@ -47,17 +52,16 @@ def mutate_in_silico(
     ]
     examples = _Changed(bases, changes)
     said = predict(network, examples, max_tokens=max_tokens, device=device)
-    scores = torch.stack([item.logits.double() for item in said])
-    found = log_odds(scores, column).numpy()
+    found = np.array([float(score(item.logits.double())) for item in said])
     result = np.full((bases.size, NUM_BASES), np.nan)
     result[asked] = 0
-    for (at, letter), score in zip(changes, found[1:], strict=True):
-        result[at, letter - 1] = score - found[0]
+    for (at, letter), changed in zip(changes, found[1:], strict=True):
+        result[at, letter - 1] = changed - found[0]
     return result
 
 
 def input_gradient(
-    network: DnaClassifier, bases: UInt8[ndarray, "T"], column: int, *, device: str = "cpu"
+    network: DnaClassifier, bases: UInt8[ndarray, "T"], score: Score, *, device: str = "cpu"
 ) -> Map:
     """Gradient of the score by the one-hot bases, less its mean over the four bases.
 
@@ -70,8 +74,8 @@ def input_gradient(
     try:
         with torch.enable_grad():
             batch = pack([_example(bases)]).to(device)
-            score = log_odds(network(batch).logits[0], column)
-            slopes = torch.autograd.grad(score, seen)
+            logits = network(batch).logits
+            slopes = torch.autograd.grad(score(logits if network.per_token else logits[0]), seen)
     finally:
         hook.remove()
     maps = [_by_letter(network.stem, slope, bases.size) for slope in slopes]

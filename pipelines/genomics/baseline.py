@@ -1,14 +1,18 @@
-"""A baseline without arrangement: counts of short words, and logistic regression on them."""
+"""A baseline without arrangement: counts of short words, and regression on them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 
-from pipelines.genomics.alphabet import NUM_BASES
+from pipelines.genomics.alphabet import NUM_BASES, reverse_complement
 
+AROUND = 10
+"""Bases to each side that the linear model of tracks sees."""
+_PENALTIES = np.logspace(-2, 5, 15)
 _STRETCH = 1 << 20
 """Bases counted at a time: bounds the memory on whole chromosomes."""
 
@@ -39,13 +43,111 @@ def fit_kmer_baseline(
     Records may be generators: one is held at a time.
     """
     from sklearn.linear_model import LogisticRegression
+
+    known, asked = (kmer_frequencies(of, k=k, both_strands=both_strands) for of in (train, test))
+    model = _scaled(LogisticRegression(max_iter=2000)).fit(known, np.asarray(targets))
+    return KmerPrediction(tuple(int(c) for c in model.classes_), model.predict_proba(asked))
+
+
+def fit_kmer_labels(
+    train: Iterable[UInt8[ndarray, "T"]],
+    targets: Float[ndarray, "R L"],
+    test: Iterable[UInt8[ndarray, "T"]],
+    *,
+    k: int = 4,
+    both_strands: bool = True,
+) -> Float[ndarray, "R L"]:
+    """Fit a logistic regression for each label on k-mer frequencies; log odds of test records."""
+    from sklearn.linear_model import LogisticRegression
+
+    known, asked = (kmer_frequencies(of, k=k, both_strands=both_strands) for of in (train, test))
+    columns = [
+        _scaled(LogisticRegression(max_iter=2000)).fit(known, column).decision_function(asked)
+        for column in targets.T
+    ]
+    return np.stack(columns, axis=1)
+
+
+def fit_kmer_ridge(
+    train: Iterable[UInt8[ndarray, "T"]],
+    targets: Float[ndarray, "R"],
+    test: Iterable[UInt8[ndarray, "T"]],
+    *,
+    k: int = 4,
+    both_strands: bool = True,
+) -> Float[ndarray, "R"]:
+    """Fit ridge regression on k-mer frequencies, its penalty by leaving one out; predict test."""
+    from sklearn.linear_model import RidgeCV
+
+    known, asked = (kmer_frequencies(of, k=k, both_strands=both_strands) for of in (train, test))
+    model = _scaled(RidgeCV(alphas=_PENALTIES)).fit(known, np.asarray(targets, dtype=np.float64))
+    found: Float[ndarray, " R"] = model.predict(asked)
+    return found
+
+
+def fit_around(
+    examples: Iterable[tuple[UInt8[ndarray, "T"], Float[ndarray, "T K"]]],
+    *,
+    reach: int = AROUND,
+    both_strands: bool = True,
+) -> "LinearAround":
+    """Fit ridge regression of each base's numbers on the bases up to `reach` around it.
+
+    By its normal equations, which sums over items are enough for (Hoerl and Kennard 1970). Numbers
+    that are unknown (NaN) are 0 here, which the mean is where they are standardised; bases of which
+    none is known are left out. With `both_strands` the other strand counts as well.
+    """
+    from scipy.linalg import solve
+
+    width = (2 * reach + 1) * NUM_BASES
+    products, moments, count = np.zeros((width, width)), np.zeros((width, 1)), 0
+    for bases, values in examples:
+        for one, numbers in _strands(bases, values, both=both_strands):
+            known = ~np.isnan(numbers).all(axis=1)
+            seen = _one_hot_around(one, reach)[known]
+            products += seen.T @ seen
+            moments = moments + seen.T @ np.nan_to_num(numbers[known])
+            count += int(known.sum())
+    penalty = max(count / 1000, 1.0) * np.eye(width)
+    return LinearAround(solve(products + penalty, moments, assume_a="pos"), reach)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearAround:
+    """Weights of the bases around a base, for each of K numbers."""
+
+    weights: Float[ndarray, "W K"]
+    reach: int
+
+    def predict(self, bases: UInt8[ndarray, "T"]) -> Float[ndarray, "T K"]:
+        """Numbers of each base."""
+        found: Float[ndarray, "T K"] = _one_hot_around(bases, self.reach) @ self.weights
+        return found
+
+
+def _strands(
+    bases: UInt8[ndarray, "T"], values: Float[ndarray, "T K"], *, both: bool
+) -> Iterator[tuple[UInt8[ndarray, "T"], Float[ndarray, "T K"]]]:
+    yield bases, values
+    if both:
+        yield reverse_complement(bases), values[::-1]
+
+
+def _one_hot_around(bases: UInt8[ndarray, "T"], reach: int) -> Float[ndarray, "T W"]:
+    """Which of A C G T stands at each offset of each base; beyond the ends, and for N, none."""
+    beyond = np.zeros(reach, dtype=np.uint8)
+    padded = np.concatenate([beyond, bases, beyond])
+    seen = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
+    letters = np.arange(1, NUM_BASES + 1, dtype=np.uint8)
+    return (seen[:, :, None] == letters).reshape(bases.size, -1).astype(np.float64)
+
+
+def _scaled(model: Any) -> Any:
+    """A model on features of spread 1."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    model.fit(kmer_frequencies(train, k=k, both_strands=both_strands), np.asarray(targets))
-    probabilities = model.predict_proba(kmer_frequencies(test, k=k, both_strands=both_strands))
-    return KmerPrediction(tuple(int(c) for c in model.classes_), probabilities)
+    return make_pipeline(StandardScaler(), model)
 
 
 def kmer_frequencies(

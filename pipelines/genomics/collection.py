@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import decode
-from pipelines.genomics.data import match_labels, read_label_table
+from pipelines.genomics.data import LabelSets, match_labels, read_label_table
 from pipelines.genomics.ingest import ingest, provide_store
 from pipelines.genomics.intervals import COLUMNS as INTERVAL_ROLES
 from pipelines.genomics.intervals import IntervalFile, read_intervals
@@ -229,7 +229,11 @@ def _label(collection: Collection, config: Mapping[str, Any]) -> Collection:
     path = Path(config["labels"])
     names = {role: config["columns"][role] for role in ("id", "label", "group", "split")}
     where = config["where"]
-    table = read_label_table(path, columns=names, where=where)
+    task = config.get("task", {})
+    several = task.get("columns") and LabelSets(
+        tuple(task["columns"]), task["separator"], task["none"]
+    )
+    table = read_label_table(path, columns=names, where=where, sets=several or None)
     notes = []
     if mapped := [f"{role} is {name!r}" for role, name in names.items() if name != role]:
         notes.append(f"{path.name}: {', '.join(mapped)}")

@@ -9,7 +9,15 @@ import pandas as pd
 
 from pipelines.genomics.collection import Collection, collect
 from pipelines.genomics.evaluating import read_attributes, read_leaks, read_models, report
-from pipelines.genomics.splitting import assign, check_policy, describe, grouped, keep_apart
+from pipelines.genomics.splitting import (
+    assign,
+    check_policy,
+    describe,
+    grouped,
+    keep_apart,
+    strata,
+)
+from pipelines.genomics.tasks import is_stratified
 from pipelines.genomics.train import check_training, train, with_built_in_records
 from pipelines.shared.errors import InputError
 from pipelines.shared.folds import folds_to_come, gather_predictions, train_folds
@@ -33,13 +41,13 @@ def crossval(config: dict[str, Any]) -> int:
     if config["sequences"]:
         config = {**config, "store": config["store"] or str(out / "store")}
     make_folder(out)
-    collection = collect(config, out, require_labels=True)
+    collection = collect(config, out, require_labels=config["task"]["name"] != "tracks")
     for note in collection.notes:
         print(f"note: {note}")
     tables = _draw(collection, config)
     jobs = list(product(range(len(tables)), config["seeds"]))
     for number, table in enumerate(tables):
-        print(f"\nfold {number}\n{describe(table)}")
+        print(f"\nfold {number}\n{describe(table, labels=is_stratified(config))}")
     if config["fold"] is not None and config["fold"] not in range(len(jobs)):
         raise InputError(f"fold={config['fold']}: there are 0 to {len(jobs) - 1}")
     if config["dry_run"]:
@@ -81,12 +89,12 @@ def _draw(collection: Collection, config: dict[str, Any]) -> list[pd.DataFrame]:
                 "splits=TABLE"
             )
         keep_apart(collection, config["overlap"])  # refuses what overlaps, if it shall
-        return [_table(collection, assign(collection, {**config, "overlap": "allow"}))]
+        allowed = {**config, "overlap": "allow"}
+        return [_table(collection, assign(collection, allowed, stratify=is_stratified(config)))]
     chosen = grouped(collection, {**config, "test": None, "val": None})
     kept = keep_apart(chosen, config["overlap"]).collection
-    rows = Rows(
-        kept.table["id"].tolist(), kept.table["label"].tolist(), kept.table["group"].tolist()
-    )
+    labels = strata(kept.table) if is_stratified(config) else [""] * len(kept)
+    rows = Rows(kept.table["id"].tolist(), labels, kept.table["group"].tolist())
     folds = draw_folds(
         rows,
         scheme=config["scheme"],
@@ -97,12 +105,17 @@ def _draw(collection: Collection, config: dict[str, Any]) -> list[pd.DataFrame]:
     )
     drawn = [_table(kept, splits) for splits in folds]
     left = chosen.table[~chosen.table["id"].isin(kept.table["id"])]  # train takes them out again
-    left = left.assign(split="train")[_COLUMNS]
+    left = left.assign(split="train")[_known(left)]
     return [pd.concat([table, left], ignore_index=True) for table in drawn]
 
 
 def _table(collection: Collection, splits: Sequence[str]) -> pd.DataFrame:
-    return collection.table.assign(split=list(splits))[_COLUMNS]
+    table = collection.table.assign(split=list(splits))
+    return table[_known(table)]
+
+
+def _known(table: pd.DataFrame) -> list[str]:
+    return [name for name in _COLUMNS if name in table or name == "split"]
 
 
 def _write_split(out: Path, number: int, table: pd.DataFrame) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from pipelines.genomics.alphabet import reverse_complement
 from pipelines.genomics.store import SequenceStore
 from pipelines.genomics.tokenizers import BaseTokenizer, Tokenizer
-from pipelines.shared.batch import Example
+from pipelines.shared.batch import Example, Target
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import read_labels
 
@@ -27,6 +27,28 @@ COLUMNS = ("id", "label", "group", "split")
 """What a table of labels says of a record; the columns have these names unless others are given."""
 
 _NUM_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSets:
+    """Columns of 1 and 0, a label each, and how the labels of a row are written in one."""
+
+    columns: tuple[str, ...]
+    separator: str
+    none: str
+
+    def join(self, path: Path, table: pd.DataFrame) -> "pd.Series[str]":
+        """Write the labels of each row; raises InputError, with the row, for other numbers."""
+        for column in self.columns:
+            wrong = table.index[~table[column].isin((0, 1))].tolist()
+            if wrong:
+                raise InputError(
+                    f"{path}, row {wrong[0]}: {column} is 1 or 0; got {table[column][wrong[0]]:g}"
+                )
+        rows = table[list(self.columns)].to_numpy() == 1
+        names = np.array(self.columns, dtype=object)
+        joined = [self.separator.join(names[row]) or self.none for row in rows]
+        return pd.Series(joined, index=table.index, dtype=object)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +86,10 @@ class Match:
 class WindowDataset(Dataset[Example]):
     """Windows of a store's records as examples; the windows of one record stand together.
 
-    `records` are indices into the store, `targets` one class per record of them (None: to
-    predict). An example's coordinates count the bases of its window from 0 (with a tokenizer: the
-    first base of each token), its group is the record's id, its record the index in the store.
-    With `reverse_complement`, half of the windows are read from the other strand; with
+    `records` are indices into the store, `targets` a class, a number or a row of labels for each of
+    them (None: to predict). An example's coordinates count the bases of its window from 0 (with a
+    tokenizer: the first base of each token), its group is the record's id, its record the index in
+    the store. With `reverse_complement`, half of the windows are read from the other strand; with
     `shuffle_positions`, coordinates are permuted (an ablation: composition stays, arrangement
     goes). Both depend on (seed, epoch, index) alone.
 
@@ -79,7 +101,7 @@ class WindowDataset(Dataset[Example]):
         self,
         store: SequenceStore,
         records: Sequence[int] | Int64[ndarray, "R"],
-        targets: Sequence[int] | Int64[ndarray, "R"] | None = None,
+        targets: Sequence[int] | Shaped[ndarray, "R ..."] | None = None,
         *,
         context: int,
         overlap: int = 0,
@@ -98,7 +120,7 @@ class WindowDataset(Dataset[Example]):
         chosen = np.asarray(records, dtype=np.int64)
         places, self.starts, self.ends = cut_windows(store.lengths[chosen], context, overlap)
         self.records = chosen[places]
-        self.targets = None if targets is None else np.asarray(targets, dtype=np.int64)[places]
+        self.targets = None if targets is None else np.asarray(targets)[places]
         # Shared memory, so that workers which live on see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._flips: tuple[int, Bool[ndarray, W]] | None = None
@@ -180,11 +202,17 @@ class WindowDataset(Dataset[Example]):
         return Example(
             inputs=torch.from_numpy(inputs),
             coords=torch.from_numpy(coords)[:, None],
-            target=None if self.targets is None else int(self.targets[index]),
+            target=self._target(index),
             id=name,
             group=name,
             record=record,
         )
+
+    def _target(self, index: int) -> Target | None:
+        if self.targets is None:
+            return None
+        target: Target | list[float] = self.targets[index].tolist()
+        return tuple(target) if isinstance(target, list) else target
 
 
 def cut_windows(
@@ -223,14 +251,18 @@ def read_label_table(
     *,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, object] | None = None,
+    sets: LabelSets | None = None,
 ) -> pd.DataFrame:
     """Read a table of labels: columns id, label, group (the id where there is none), maybe split.
 
-    `columns` says under which other names they stand in the file ({"id": "record_id"}), `where`
-    which rows count ({"task": "Vertebrates"}). All values are strings. Rows of one group belong
-    into one split. Raises InputError as `read_labels` does.
+    With `sets` the label of a row is made of several columns of 1 and 0. `columns` says under which
+    other names they stand in the file ({"id": "record_id"}), `where` which rows count ({"task":
+    "Vertebrates"}). All values are strings. Rows of one group belong into one split. Raises
+    InputError as `read_labels` does.
     """
     names = {role: role for role in COLUMNS} | dict(columns or {})
+    if sets is not None:
+        del names["label"]
     mapped = [name for role, name in names.items() if name != role]
     for role in ("group", "split"):
         if names[role] == role and role in mapped:
@@ -238,7 +270,8 @@ def read_label_table(
     table = read_labels(
         Path(path),
         id_column=names["id"],
-        label_column=names["label"],
+        label_column=names.get("label"),
+        numbers=() if sets is None else sets.columns,
         group_column=names["group"] or None,
         split_column=names["split"],
         required=mapped,
@@ -247,6 +280,8 @@ def read_label_table(
     )
     found = {role: table[name] for role, name in names.items() if name in table.columns}
     found.setdefault("group", found["id"])
+    if sets is not None:
+        found["label"] = sets.join(Path(path), table)
     return pd.DataFrame({role: found[role] for role in COLUMNS if role in found})
 
 

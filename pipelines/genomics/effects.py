@@ -12,20 +12,31 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
-from scipy.special import log_softmax, softmax
 
 from pipelines.genomics.alphabet import NUM_BASES, encode, reverse_complement
 from pipelines.genomics.ingest import require_input
 from pipelines.genomics.lines import read_lines
 from pipelines.genomics.predict import ModelRun
-from pipelines.genomics.selection import check_variants, describe_variants, select_variants
+from pipelines.genomics.selection import (
+    Windows,
+    check_variants,
+    describe_variants,
+    select_variants,
+)
 from pipelines.genomics.store import SequenceStore
+from pipelines.genomics.tasks import (
+    DnaObjective,
+    is_odds,
+    name_outputs,
+    read_values,
+    score_outputs,
+)
 from pipelines.genomics.variants import (
     PlacedVariant,
     ReferencePolicy,
     allele_windows,
 )
-from pipelines.shared.study import DECIMALS
+from pipelines.shared.objective import DECIMALS
 from pipelines.shared.tables import write_table
 
 _COLUMNS = "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO"
@@ -137,15 +148,23 @@ class _VariantRun(ModelRun):
         scores = self._score(windows, table, checked.notes(), checked.failures)
         if scores is None:
             return 3 if checked.failures else 0
-        logits = mean_logits(scores.logits.astype(np.float64), views.views, len(table))
-        table = pd.concat([table, describe_effects(logits, self.classes)], axis=1)
+        logits = mean_logits(self._by_window(scores.logits, windows), views.views, len(table))
+        table = pd.concat([table, describe_effects(logits, self.objective)], axis=1)
         counts = np.bincount([view.variant for view in views.views], minlength=len(table))
         table["num_windows"] = counts
         table["flags"] = _flags(views, len(table))
         written = [self.out / "variants.tsv", self.out / "variants.vcf"]
         write_table(written[0], table)
-        write_vcf(written[1], Path(self.config["variants"]), table, checked.placed, self.classes)
+        write_vcf(written[1], Path(self.config["variants"]), table, checked.placed, self.objective)
         return self._finish(written, table, windows, checked.failures)
+
+    def _by_window(self, logits: Float[ndarray, "N C"], windows: Windows) -> Float[ndarray, "W C"]:
+        """Numbers of each window; of tracks, the mean over its bases."""
+        found = logits.astype(np.float64)
+        if not self.along:
+            return found
+        lengths = np.array(windows.lengths)
+        return np.add.reduceat(found, np.cumsum(lengths) - lengths, axis=0) / lengths[:, None]
 
 
 def mean_logits(
@@ -159,20 +178,19 @@ def mean_logits(
     return mean.reshape(num_variants, 2, -1)
 
 
-def describe_effects(logits: Float[ndarray, "V 2 C"], classes: Sequence[str]) -> pd.DataFrame:
-    """Say of each class what REF and ALT give it, the difference, and that of the log odds."""
-    shares = softmax(logits, axis=2).round(DECIMALS)
-    logs = log_softmax(logits, axis=2)
-    others = [
-        np.logaddexp.reduce(np.delete(logs, column, axis=2), axis=2)
-        for column in range(len(classes))
-    ]
+def describe_effects(logits: Float[ndarray, "V 2 C"], objective: DnaObjective) -> pd.DataFrame:
+    """Say of each output what REF and ALT give it and the difference.
+
+    Of classes and labels these are probabilities, and the difference of log odds stands beside.
+    """
+    ref, alt = (read_values(objective, logits[:, allele]).round(DECIMALS) for allele in (0, 1))
+    odds = score_outputs(objective, logits)
     columns = {}
-    for column, name in enumerate(classes):
-        odds = logs[:, :, column] - others[column]
-        columns[f"ref_{name}"], columns[f"alt_{name}"] = shares[:, 0, column], shares[:, 1, column]
-        columns[f"delta_{name}"] = (shares[:, 1, column] - shares[:, 0, column]).round(DECIMALS)
-        columns[f"log_odds_{name}"] = (odds[:, 1] - odds[:, 0]).round(DECIMALS)
+    for column, name in enumerate(name_outputs(objective)):
+        columns[f"ref_{name}"], columns[f"alt_{name}"] = ref[:, column], alt[:, column]
+        columns[f"delta_{name}"] = (alt[:, column] - ref[:, column]).round(DECIMALS)
+        if is_odds(objective):
+            columns[f"log_odds_{name}"] = (odds[:, 1, column] - odds[:, 0, column]).round(DECIMALS)
     return pd.DataFrame(columns)
 
 
@@ -181,17 +199,17 @@ def write_vcf(
     source: Path,
     table: pd.DataFrame,
     placed: Sequence[PlacedVariant],
-    classes: Sequence[str],
+    objective: DnaObjective,
 ) -> None:
     """Write the lines of a VCF again, with the scores of their alleles in INFO.
 
-    An allele that was left out has a dot. Names of classes lose what INFO does not allow.
+    An allele that was left out has a dot. Names of outputs lose what INFO does not allow.
     """
     rows = {(item.written.source, item.written.alt): row for row, item in enumerate(placed)}
     keys = {
         f"{word}_{_info_name(name, place)}": f"{column}_{name}"
-        for place, name in enumerate(classes)
-        for word, column in (("DELTA", "delta"), ("LOGODDS", "log_odds"))
+        for place, name in enumerate(name_outputs(objective))
+        for word, column in (("DELTA", "delta"), ("LOGODDS", "log_odds"))[: 1 + is_odds(objective)]
     }
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with aside.open("w", encoding="utf-8") as file:

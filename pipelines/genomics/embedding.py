@@ -49,7 +49,7 @@ def embed(config: dict[str, Any]) -> int:
 class _EmbeddingRun(ModelRun):
     """Vectors of the sequences of a run."""
 
-    needs_classes = False
+    needs_task = False
 
     def embed(self) -> int:
         selection = select_intervals(self.config, self.store)

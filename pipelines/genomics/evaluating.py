@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from pipelines.genomics.leaks import FEW
-from pipelines.genomics.study import BASELINES, LEAKS, leaking_ids
+from pipelines.genomics.study import LEAKS, leaking_ids, title_baselines
 from pipelines.shared.assessment import Assessment, assess, require_same_rows
 from pipelines.shared.errors import InputError
 from pipelines.shared.record import RunState, finish_run, open_run
@@ -71,7 +71,7 @@ def read_leaks(run: Path, given: str | None, num_folds: int) -> list[set[str]] |
     if not given and not all(place.is_file() for place in places):
         return None
     found = []
-    for place in places:
+    for place, item_of in zip(places, _items(run, num_folds), strict=True):
         table = _read_leaks(place)
         missing = [name for name in ("id", "split", "leaks") if name not in table]
         if missing:
@@ -79,8 +79,19 @@ def read_leaks(run: Path, given: str | None, num_folds: int) -> list[set[str]] |
                 f"{place} has no column {missing[0]!r}; leaks= takes the leaks.csv that inspect, "
                 "train and crossval write"
             )
-        found.append(leaking_ids(table))
+        leaking = leaking_ids(table)
+        found.append(leaking | {name for name, item in item_of.items() if item in leaking})
     return found
+
+
+def _items(run: Path, num_folds: int) -> list[dict[str, str]]:
+    """The item that each row of each fold is a stretch of; rows of items themselves are none."""
+    tables = [read_table(path) for path in next(iter(find_tables(run).values()))]
+    assert len(tables) == num_folds, "a table is a fold"
+    return [
+        dict(zip(table.iloc[:, 0], table["item"], strict=True)) if "item" in table else {}
+        for table in tables
+    ]
 
 
 def read_attributes(
@@ -137,7 +148,9 @@ def report(
     }
     found = assess(models, attributes=attributes, **settings)
     clean, said = _without_leaks(models, leaking, settings)
-    words = Words("records", "groups of records", _titles(run, found))
+    along = found.task == "tracks"
+    rows = ("stretches", "stretches") if along else ("records", "groups of records")
+    words = Words(*rows, _titles(run, found))
     write_report(
         out / "report.html",
         found,
@@ -205,9 +218,11 @@ def _drop(parts: Parts, names: set[str]) -> Parts:
 
 
 def _titles(run: Path, found: Assessment) -> dict[str, str]:
-    known = _recorded(run).get("pattern")
+    recorded = _recorded(run)
+    known, task = recorded.get("pattern"), recorded.get("task")
+    titles = title_baselines(str(task["name"]) if isinstance(task, Mapping) else "classification")
     own = {MODEL: f"model ({known['expression']})"} if isinstance(known, Mapping) else {}
-    return {name: own.get(name, BASELINES.get(name, name)) for name in found.scores}
+    return {name: own.get(name, titles.get(name, name)) for name in found.scores}
 
 
 def _facts(run: Path) -> dict[str, str]:

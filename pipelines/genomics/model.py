@@ -11,7 +11,12 @@ from pipelines.genomics.alphabet import COMPLEMENT, NUM_TOKENS
 from pipelines.genomics.equivariance import refuse_asymmetric, share_between_strands
 from pipelines.shared.batch import PackedBatch
 from pipelines.shared.errors import InputError
-from pipelines.shared.network import ConvolutionStem, NetworkOutput, SequenceClassifier
+from pipelines.shared.network import (
+    ConvolutionStem,
+    NetworkOutput,
+    SequenceClassifier,
+    token_of_input,
+)
 
 TASK = "genomics"
 """What a model file says that it is for."""
@@ -25,6 +30,9 @@ Stem = Literal["convolution", "none"]
 STEMS = get_args(Stem)
 """What turns bases into tokens: a convolution that sees several, or nothing but their embedding."""
 
+Per = Literal["sequence", "base"]
+"""What the network says something of."""
+
 _FEW_TOKENS = 64
 """Up to so many kinds of tokens are bases, which are looked at several at a time."""
 
@@ -36,9 +44,11 @@ class DnaClassifier(SequenceClassifier):
     of them; coordinates stay those of bases. With "none" each base is embedded by itself, as are
     the `num_tokens` of a tokenizer whose tokens are words (k-mers, byte pairs). With `rc="average"`
     the network, once trained, says the mean of both strands; with "equivariant" its weights are
-    such that it says the same of both. Other arguments are those of `SequenceClassifier`. Raises
-    ValueError for a stem that there is not and for `stem_stride` above 1 without a convolution, and
-    InputError for an `rc` that cannot be had with words or with the pattern.
+    such that it says the same of both. With `per="base"` nothing is pooled: `num_classes` numbers
+    come out for each base (for all bases of a token the same), and the other strand's are the same
+    backwards. Other arguments are those of `SequenceClassifier`. Raises ValueError for a stem that
+    there is not and for `stem_stride` above 1 without a convolution, and InputError for an `rc`
+    that cannot be had with words or with the pattern.
     """
 
     def __init__(
@@ -50,6 +60,7 @@ class DnaClassifier(SequenceClassifier):
         stem_stride: int = 1,
         num_tokens: int = NUM_TOKENS,
         rc: Strands = "augment",
+        per: Per = "sequence",
         **architecture: Any,
     ) -> None:
         words = num_tokens > _FEW_TOKENS
@@ -69,7 +80,9 @@ class DnaClassifier(SequenceClassifier):
         )
         if rc == "equivariant":
             refuse_asymmetric(architecture["pattern"], architecture["depth"])
-        super().__init__(tokens, dim=dim, coord_dims=1, **architecture)
+        self.per_token = per == "base"
+        pooled = {"pooling": "mean"} if self.per_token else {}  # which has no weights
+        super().__init__(tokens, dim=dim, coord_dims=1, **{**architecture, **pooled})
         if rc == "equivariant":
             share_between_strands(self)
         self.rc, self.stem_stride = rc, stem_stride
@@ -80,6 +93,7 @@ class DnaClassifier(SequenceClassifier):
             "stem_stride": stem_stride,
             "num_tokens": num_tokens,
             "rc": rc,
+            "per": per,
             **architecture,
         }
 
@@ -98,12 +112,25 @@ class DnaClassifier(SequenceClassifier):
         added = None
         if output.contributions is not None and other.contributions is not None:
             added = (output.contributions + other.contributions[backwards]) / 2
+        logits = other.logits[backwards] if self.per_token else other.logits
         return NetworkOutput(
-            (output.logits + other.logits) / 2,
+            (output.logits + logits) / 2,
             (output.attention + other.attention[backwards]) / 2,
             (output.embedding + other.embedding) / 2,
             added,
         )
+
+    def _read(self, x: Float[Tensor, "N E"], batch: PackedBatch) -> NetworkOutput:
+        """Read the pooled tokens of each sequence, or every token by itself."""
+        if not self.per_token:
+            return super()._read(x, batch)
+        tokens = self._tokens(batch)
+        lengths = tokens.lengths.to(x.device)
+        encoded, segment, place = self._encode(x, tokens, lengths)
+        pooled, attention = self.pool(encoded[place], segment, lengths.numel())
+        owner, _ = token_of_input(batch.lengths, self.stem_stride)
+        logits = self.head(encoded[place])[owner.to(x.device)]
+        return NetworkOutput(logits, self._by_input(attention, batch), pooled)
 
 
 def opposite_strand(batch: PackedBatch) -> PackedBatch:

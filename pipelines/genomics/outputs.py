@@ -3,17 +3,24 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import zarr
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy import ndarray
 
 from pipelines.genomics.selection import Intervals, Windows
-from pipelines.genomics.tracks import blend, require_bigwig, write_bedgraph, write_bigwig
+from pipelines.genomics.tracks import (
+    Track,
+    blend,
+    join_equal,
+    require_bigwig,
+    write_bedgraph,
+    write_bigwig,
+)
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import write_table
 
@@ -79,28 +86,70 @@ def write_tracks(
     kinds: Sequence[str],
     intervals: Intervals,
     windows: Windows,
-    probabilities: Float[ndarray, "W C"],
-    classes: Sequence[str],
+    values: Mapping[str, Float[ndarray, "W"]],
+    *,
+    per_base: bool,
 ) -> list[Path]:
-    """Write a track of each class: a base has the mean probability of the windows over it."""
+    """Write a track of each output: a base has the mean of the windows over it.
+
+    `values` are those of windows, or of all their bases, window after window.
+    """
     wanted = [kind for kind in TRACKS if kind in kinds]
     if not wanted:
         return []
     store = intervals.store
-    places = _places(intervals, windows)
-    order, records, starts, ends = places.T
+    make = _tracks_of_bases if per_base else _tracks_of_windows
     written = []
-    for column, name in enumerate(classes):
-        track = blend(records, starts, ends, probabilities[order, column])
+    for name, track in make(intervals, windows, values):
         stem = out / "tracks" / _file_name(name)
         if "bedgraph" in wanted:
             written.append(stem.with_name(f"{stem.name}.bedgraph"))
-            write_bedgraph(written[-1], track, store.ids, name=f"probability of {name}")
+            write_bedgraph(written[-1], track, store.ids, name=name)
         if "bigwig" in wanted:
             written.append(stem.with_name(f"{stem.name}.bw"))
             sizes = dict(zip(store.ids, store.lengths.tolist(), strict=True))
             write_bigwig(written[-1], track, sizes)
     return written
+
+
+def _tracks_of_windows(
+    intervals: Intervals, windows: Windows, values: Mapping[str, Float[ndarray, "W"]]
+) -> Iterator[tuple[str, Track]]:
+    order, records, starts, ends = _places(intervals, windows).T
+    for name, column in values.items():
+        yield name, blend(records, starts, ends, column[order])
+
+
+def _tracks_of_bases(
+    intervals: Intervals, windows: Windows, values: Mapping[str, Float[ndarray, "N"]]
+) -> Iterator[tuple[str, Track]]:
+    records, bases = _bases(intervals, windows)
+    known = bases >= 0
+    for name, column in values.items():
+        tracks = [
+            join_equal(int(record), bases[mine], column[mine])
+            for record in np.unique(records[known])
+            for mine in [known & (records == record)]
+        ]
+        yield name, Track.of(tracks)
+
+
+def _bases(
+    intervals: Intervals, windows: Windows
+) -> tuple[Int64[ndarray, " N"], Int64[ndarray, " N"]]:
+    """Record and place of every base of every window, as it is read; -1 beyond a record."""
+    records, bases = [], []
+    for window in range(len(windows)):
+        index = int(windows.records[window])
+        record = intervals.placed[index].record
+        span = int(windows.starts[window]), int(windows.ends[window])
+        for part in intervals.where(index, *span):
+            here = np.arange(part.start, part.end)
+            bases.append(here[::-1] if part.strand == "-" else here)
+        records.append(np.full(span[1] - span[0], record))
+    owner, place = np.concatenate(records), np.concatenate(bases)
+    inside = (place >= 0) & (place < intervals.store.lengths[owner])
+    return owner, np.where(inside, place, -1)
 
 
 def _places(intervals: Intervals, windows: Windows) -> ndarray:

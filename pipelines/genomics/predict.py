@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ from pipelines.genomics.selection import (
     open_store,
     select_intervals,
 )
+from pipelines.genomics.tasks import (
+    DnaObjective,
+    load_objective,
+    name_outputs,
+    read_values,
+)
 from pipelines.genomics.tokenizers import (
     BaseTokenizer,
     Tokenizer,
@@ -34,10 +41,11 @@ from pipelines.genomics.tokenizers import (
     digest,
     restore_tokenizer,
 )
+from pipelines.genomics.track_task import Tracks
 from pipelines.shared.checkpoint import LoadedModel, load_model
 from pipelines.shared.errors import InputError
+from pipelines.shared.objective import DECIMALS
 from pipelines.shared.record import RunState, finish_run, make_folder, open_run
-from pipelines.shared.study import probability_table
 from pipelines.shared.tables import Failure, write_failures
 
 
@@ -54,15 +62,15 @@ def predict(config: dict[str, Any]) -> int:
 class ModelRun:
     """One run of a model: the store it reads, and the folder of the results."""
 
-    needs_classes = True
+    needs_task = True
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config, self.out = config, Path(config["out"])
         checkpoint = Path(config["ckpt"])
         model = load_model(checkpoint, task=TASK)
-        if self.needs_classes and "classes" not in model.metadata:
+        if self.needs_task and "task" not in model.metadata:
             raise InputError(
-                f"{checkpoint} guesses bases and knows no classes; train it further with "
+                f"{checkpoint} guesses bases and has learnt no task; train it further with "
                 f"pretrained={checkpoint}, or take its vectors with the verb embed"
             )
         if config["device"].startswith("cuda") and not torch.cuda.is_available():
@@ -72,12 +80,21 @@ class ModelRun:
         refuse_other_tokenizer(config.get("tokenizer"), self.tokenizer, checkpoint)
         self.network = DnaClassifier(**model.config)  # type: ignore[arg-type]
         self.network.load_state_dict(model.state_dict)
-        self.classes: list[str] = model.metadata.get("classes", [])  # type: ignore[assignment]
-        self.threshold = float(str(model.metadata.get("threshold", 0.5)))
+        self._task: Any = model.metadata.get("task")
         self.context: int = model.metadata["context"]  # type: ignore[assignment]
         self.overlap: int = model.metadata.get("overlap", 0)  # type: ignore[assignment]
         make_folder(self.out)
         self.store = open_store(config, self.out)
+
+    @cached_property
+    def objective(self) -> DnaObjective:
+        """What the network was trained for."""
+        return load_objective(self._task)
+
+    @property
+    def along(self) -> bool:
+        """Whether the network says something of each base."""
+        return isinstance(self.objective, Tracks)
 
     def predict_intervals(self) -> int:
         """Predict records or intervals."""
@@ -87,14 +104,9 @@ class ModelRun:
         scores = self._score(windows, table, selection.notes, selection.failures)
         if scores is None:
             return 3 if selection.failures else 0
-        probabilities = scores.by_sequence(windows.records)
-        scored = probability_table(
-            table["id"].tolist(), probabilities, self.classes, id_column="id"
-        )
-        if len(self.classes) == 2:  # the second one from the threshold on that validation chose
-            chosen = scored[f"probability_{self.classes[1]}"] >= self.threshold
-            scored["prediction"] = [self.classes[int(is_second)] for is_second in chosen]
-        scored = pd.concat([table.drop(columns="flags"), scored.drop(columns="id")], axis=1)
+        lengths = windows.ends - windows.starts if self.along else None
+        said = self.objective.read(scores.by_sequence(windows.records, lengths)).round(DECIMALS)
+        scored = pd.concat([table.drop(columns="flags"), said], axis=1)
         scored["num_windows"] = pd.Series(windows.records).value_counts(sort=False).to_numpy()
         scored["flags"] = _flags(table["flags"], intervals)
         written = write_predictions(self.out, scored, self.config["outputs"])
@@ -104,8 +116,14 @@ class ModelRun:
             self.config["outputs"],
             intervals,
             windows,
-            scores.probabilities(),
-            self.classes,
+            dict(
+                zip(
+                    name_outputs(self.objective),
+                    read_values(self.objective, scores.logits).T,
+                    strict=True,
+                )
+            ),
+            per_base=self.along,
         )
         return self._finish(written, table, windows, selection.failures)
 
@@ -157,7 +175,8 @@ class ModelRun:
     def _embeddings(self, scores: Scores, windows: Windows, names: list[str]) -> list[Path]:
         if scores.embeddings is None:
             return []
-        return write_embeddings(self.out, names, scores.embeddings_by_sequence(windows.records))
+        vectors = scores.embeddings_by_sequence(windows.records)
+        return write_embeddings(self.out, names, vectors)
 
     def _finish(
         self,

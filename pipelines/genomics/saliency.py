@@ -24,6 +24,7 @@ from numpy import ndarray
 
 from pipelines.genomics.alphabet import decode
 from pipelines.genomics.attribution import (
+    Score,
     importance,
     input_gradient,
     mutate_in_silico,
@@ -33,8 +34,10 @@ from pipelines.genomics.ingest import require_input
 from pipelines.genomics.predict import ModelRun
 from pipelines.genomics.progress import track
 from pipelines.genomics.selection import Intervals, check_settings, select_intervals
+from pipelines.genomics.tasks import name_outputs, score_of
 from pipelines.shared.asides import aside_of
 from pipelines.shared.errors import InputError
+from pipelines.shared.objective import Classification
 from pipelines.shared.record import RunState, finish_run, open_run
 from pipelines.shared.tables import Failure, write_failures, write_table
 
@@ -109,13 +112,20 @@ class _SaliencyRun(ModelRun):
         return 3 if failures else 0
 
     def _column(self) -> int:
-        """The class whose score is mapped."""
-        name = self.config["class"]
-        if name is None and len(self.classes) == 2:
+        """The class, label or track whose score is mapped."""
+        name, known = self.config["class"], name_outputs(self.objective)
+        if name is None and len(known) == 1:
+            return 0
+        if name is None and len(known) == 2 and isinstance(self.objective, Classification):
             return 1
-        if name is None or str(name) not in self.classes:
-            raise InputError(f"class= is one of {', '.join(self.classes)}; got {name}")
-        return self.classes.index(str(name))
+        if name is None or str(name) not in known:
+            raise InputError(f"class= is one of {', '.join(known)}; got {name}")
+        return known.index(str(name))
+
+    def _score_of(self, column: int, positions: Int64[ndarray, "K"]) -> Score:
+        """What is mapped; of a track, its mean over the bases that are asked for."""
+        score = score_of(self.objective, column)
+        return (lambda logits: score(logits[positions]).mean()) if self.along else score
 
     def _positions(self, length: int) -> Int64[ndarray, "K"]:
         """Which bases are changed: all, or those in the middle."""
@@ -147,11 +157,12 @@ class _SaliencyRun(ModelRun):
         kept = self.out / "parts" / f"{row}.npz"
         bases = intervals.read(row, 0, int(intervals.lengths[row]))
         if not kept.exists():
+            score = self._score_of(column, positions)
             changes = mutate_in_silico(
-                self.network, bases, column, positions=positions,
+                self.network, bases, score, positions=positions,
                 max_tokens=self.config["max_tokens"], device=self.config["device"],
             )  # fmt: skip
-            gradient = input_gradient(self.network, bases, column, device=self.config["device"])
+            gradient = input_gradient(self.network, bases, score, device=self.config["device"])
             kept.parent.mkdir(exist_ok=True)
             aside = kept.with_name(f"{row}.tmp-{os.getpid()}.npz")
             np.savez(aside, mutagenesis=changes, gradient=gradient)

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Int64, Shaped, UInt8
 from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -41,7 +41,7 @@ class WindowBatch:
     inputs: UInt8[Tensor, " T"] | Int64[Tensor, " T"]
     """Bases, or the ids of a tokenizer."""
     lengths: Int64[Tensor, " S"]
-    targets: Int64[Tensor, " S"] | None
+    targets: Shaped[Tensor, "S ..."] | None
     ids: tuple[str, ...]
     windows: Int64[Tensor, " S"]
     """Which windows of the data set these are."""
@@ -79,7 +79,7 @@ class _Parcel:
     place: tuple[int, int]
     """Worker, and place in its ring."""
     lengths: Int64[ndarray, " S"]
-    targets: Int64[ndarray, " S"] | None
+    targets: Shaped[ndarray, "S ..."] | None
     ids: tuple[str, ...]
     windows: Int64[ndarray, " S"]
     flipped: Bool[ndarray, " S"]

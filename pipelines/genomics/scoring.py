@@ -23,19 +23,21 @@ _PART_BATCHES = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """What a network says of each window: class logits, and the vector that its head reads."""
+    """What a network says of each window: its numbers, and the vector that its head reads.
+
+    Numbers are those of windows [W, C], or of all their bases, window after window.
+    """
 
     logits: Float[ndarray, "W C"]
     embeddings: Float[ndarray, "W E"] | None
 
-    def probabilities(self) -> Float[ndarray, "W C"]:
-        """Return the class probabilities of each window."""
-        return _softmax(torch.from_numpy(self.logits))
-
-    def by_sequence(self, records: Int64[ndarray, "W"]) -> Float[ndarray, "R C"]:
-        """Return the class probabilities of each sequence: of its windows' mean logits."""
-        _, logits = average_windows(torch.from_numpy(self.logits), torch.from_numpy(records))
-        return _softmax(logits)
+    def by_sequence(
+        self, records: Int64[ndarray, "W"], lengths: Int64[ndarray, "W"] | None = None
+    ) -> Float[ndarray, "R C"]:
+        """Return the means of each sequence's windows; of bases, `lengths` a window, all bases'."""
+        owners = records if lengths is None else np.repeat(records, lengths)
+        _, logits = average_windows(torch.from_numpy(self.logits), torch.from_numpy(owners))
+        return logits.double().numpy()
 
     def embeddings_by_sequence(self, records: Int64[ndarray, "W"]) -> Float[ndarray, "R E"]:
         """Return the mean of the vectors of each sequence's windows."""
@@ -53,7 +55,7 @@ def score_windows(
     device: str,
     embeddings: bool = False,
 ) -> Scores:
-    """Score every window, in order, leaving out the parts that the folder `parts` holds already.
+    """Score every window, in order, leaving out what the folder `parts` holds already.
 
     The folder must be of this network and these windows.
     """
@@ -108,7 +110,8 @@ def _ranges(lengths: list[int], bases: int) -> Iterator[tuple[int, int]]:
 
 
 def _keep(file: Path, found: list[Prediction]) -> None:
-    arrays = {"logits": torch.stack([item.logits for item in found]).numpy()}
+    logits = [item.logits if item.logits.ndim > 1 else item.logits[None] for item in found]
+    arrays = {"logits": torch.cat(logits).numpy()}
     vectors = [item.embedding for item in found if item.embedding is not None]
     if vectors:
         arrays["embeddings"] = torch.stack(vectors).numpy()
@@ -116,7 +119,3 @@ def _keep(file: Path, found: list[Prediction]) -> None:
     with aside.open("wb") as handle:
         np.savez(handle, **arrays)  # type: ignore[arg-type]
     os.replace(aside, file)
-
-
-def _softmax(logits: torch.Tensor) -> ndarray:
-    return logits.double().softmax(-1).numpy()

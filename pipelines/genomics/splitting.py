@@ -49,11 +49,11 @@ def split(config: dict[str, Any]) -> int:
         print(f"note: {note}")
     collection = grouped(collection, config)
     found = keep_apart(collection, config["overlap"])
-    splits = assign(found.collection, config)
+    splits = assign(found.collection, config, stratify=config["stratify"])
     table = found.collection.table.assign(split=splits)
     for note in found.notes:
         print(f"note: {note}")
-    text = describe(table)
+    text = describe(table, labels=config["stratify"])
     print(text)
     if config["dry_run"]:
         print("dry run: no splits are written")
@@ -106,10 +106,13 @@ def find_item_copies(collection: Collection) -> list[list[int]]:
     return [rows[members].tolist() for members in found.values()]
 
 
-def assign(collection: Collection, config: Mapping[str, Any]) -> list[str]:
+def assign(
+    collection: Collection, config: Mapping[str, Any], *, stratify: bool = True
+) -> list[str]:
     """Return each item's split: the given one, or one that is drawn of its group.
 
-    With overlap=allow, given splits may tear groups apart.
+    With overlap=allow, given splits may tear groups apart. With `stratify` all splits have labels
+    in like shares, and all classes are trained on.
     """
     table = collection.table
     given = table["split"].tolist() if "split" in table else None
@@ -122,7 +125,7 @@ def assign(collection: Collection, config: Mapping[str, Any]) -> list[str]:
     allowed = given is not None and config["overlap"] == "allow"
     return assign_splits(
         ids=table["id"].tolist(),
-        labels=table["label"].tolist() if "label" in table else [""] * len(table),
+        labels=strata(table) if stratify else [""] * len(table),
         groups=(table["id"] if allowed else table["group"]).tolist(),
         given=given,
         val_fraction=config["val_fraction"],
@@ -131,9 +134,17 @@ def assign(collection: Collection, config: Mapping[str, Any]) -> list[str]:
     )
 
 
-def describe(table: pd.DataFrame) -> str:
-    """Count items and groups by split, and labels where there are some."""
-    labels = sorted(table["label"].unique()) if "label" in table else []
+def strata(table: pd.DataFrame) -> list[str]:
+    """Labels of items; nothing where there are none."""
+    return table["label"].tolist() if "label" in table else [""] * len(table)
+
+
+def describe(table: pd.DataFrame, *, labels: bool = True) -> str:
+    """Count items and groups by split, and `labels` where there are some."""
+    return _count(table, sorted(table["label"].unique()) if labels and "label" in table else [])
+
+
+def _count(table: pd.DataFrame, labels: Sequence[str]) -> str:
     rows = [["split", "items", "groups", *labels]]
     for name in SPLITS:
         of = table[table["split"] == name]

@@ -1,8 +1,8 @@
 """One run of `train`: the model and its baselines, trained, scored, and written."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,29 +10,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from numpy import ndarray
+from scipy.special import logit
 
-from pipelines.genomics.baseline import fit_kmer_baseline
+from pipelines.genomics.baseline import fit_kmer_baseline, fit_kmer_labels, fit_kmer_ridge
 from pipelines.genomics.collection import Collection
 from pipelines.genomics.convolution import BenchmarkCnn, majority_logits
 from pipelines.genomics.data import WindowDataset, average_windows
 from pipelines.genomics.leaks import FEW, Leaks
 from pipelines.genomics.model import TASK, DnaClassifier, require_even_lengths
 from pipelines.genomics.pretrain import load_body, read_pretrained
+from pipelines.genomics.tasks import SHOWN, DnaObjective, Targets, settle
 from pipelines.genomics.tokenizers import Tokenizer, digest
-from pipelines.shared.calibration import choose_threshold
+from pipelines.shared.batch import Examples
 from pipelines.shared.checkpoint import save_model
 from pipelines.shared.evaluation import score
 from pipelines.shared.fit import FitReport, FitSettings
 from pipelines.shared.inference import Prediction
-from pipelines.shared.metrics import Score, format_table
+from pipelines.shared.metrics import JointPredictions, Predictions, Score, format_table
 from pipelines.shared.model_card import write_model_card
-from pipelines.shared.objective import Classification, Outputs
+from pipelines.shared.objective import Classification, Outputs, Regression
 from pipelines.shared.record import finish_run, is_main_process
 from pipelines.shared.saved_predictions import MODEL, TABLE
 from pipelines.shared.splits import SPLITS
-from pipelines.shared.study import Contender, choose_class_weights, name_engines, train_contender
+from pipelines.shared.study import Contender, name_engines, train_contender
 from pipelines.shared.tables import write_failures, write_table
 
 BASELINES = {
@@ -42,36 +44,55 @@ BASELINES = {
     "window": "window alone",
     "shuffled": "shuffled positions",
 }
+_OTHERWISE = {
+    "multilabel": {"majority": "share of each label"},
+    "regression": {"majority": "mean of training", "kmer": "4-mer ridge regression"},
+    "tracks": {"majority": "mean of training", "kmer": "ridge regression on 21 bases around"},
+}
+"""What baselines are called in other tasks than classification."""
 LEAKS = "leaks.csv"
 HELD_OUT = ("val", "test")
-SHOWN = ("auroc", "accuracy", "balanced_accuracy", "mcc")
-"""Scores that a terminal has room for; `metrics.json` has all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """One contender: its objective as validation settled it, numbers and scores.
 
-    `outputs` are logits of each held-out record; `clean` the scores without what leaks.
+    `outputs` are the network's of each held-out record (of tracks: of each of their bases); `clean`
+    the scores without what leaks.
     """
 
-    objective: Classification
+    objective: DnaObjective
     outputs: dict[str, Outputs]
     scores: dict[str, Score]
     clean: dict[str, Score]
+    by_target: dict[str, dict[str, Score]] = field(default_factory=dict)
+    """Scores of each of several labels or tracks."""
     network: torch.nn.Module | None = None
     report: FitReport | None = None
     engine_calls: Counter[str] | None = None
 
 
+def title_baselines(task: str) -> dict[str, str]:
+    """Say what each baseline is in a task."""
+    return BASELINES | _OTHERWISE.get(task, {})
+
+
 class Study:
     """The items of a run by split, what is trained on them, and what is written of it."""
+
+    without: tuple[str, ...] = ()
+    """Baselines that the task does not have."""
+    resampled, targets_are = "records", "label"
+    """What intervals resample, and what several targets are."""
 
     def __init__(
         self,
         config: dict[str, Any],
         settings: FitSettings,
         collection: Collection,
+        targets: Targets,
+        objective: DnaObjective,
         tokenizer: Tokenizer,
         architecture: dict[str, Any],
         leaks: Leaks | None,
@@ -81,8 +102,8 @@ class Study:
         self.collection, self.store = collection, collection.sequences
         self.tokenizer, self.architecture, self.leaks = tokenizer, architecture, leaks
         self.table, self.records = collection.table, collection.records
-        self.classes = tuple(sorted(self.table["label"].unique()))
-        self.targets = np.array([self.classes.index(label) for label in self.table["label"]])
+        self.targets, self.objective = targets, objective
+        self.titles = title_baselines(config["task"]["name"])
         self.rows = {name: np.flatnonzero(self.table["split"] == name) for name in SPLITS}
         lengths = [length for split in SPLITS for length in self._windows(split).lengths]
         self.longest = max(lengths)
@@ -93,30 +114,33 @@ class Study:
         """Train everything, print the comparison, write the model and the run's record."""
         results = {MODEL: self._train(MODEL)}
         for name in self.config["baselines"]:
-            results[name] = self._baseline(name)
+            if name in self.without:
+                print(f"note: baseline {name} says nothing of single bases and is left out")
+            else:
+                results[name] = self._baseline(name)
         if is_main_process():
             self._write(results)
         return 3 if self.collection.failures else 0
 
-    @property
-    def objective(self) -> Classification:
-        """What networks are trained for."""
-        weights = choose_class_weights(
-            self.config["task"]["class_weights"],
-            self.targets[self.rows["train"]].tolist(),
-            len(self.classes),
-        )
-        return Classification(self.classes, None if weights is None else tuple(weights))
-
     def _baseline(self, name: str) -> Result:
         if name == "majority":
-            counts = np.bincount(self.targets[self.rows["train"]], minlength=len(self.classes))
-            said = partial(majority_logits, torch.from_numpy(counts))
-            return self._score({key: said(len(self.rows[key])).numpy() for key in HELD_OUT})
+            return self._score(self._constant_outputs())
         return self._score(self._kmer_outputs()) if name == "kmer" else self._train(name)
 
+    def _constant_outputs(self) -> dict[str, Outputs]:
+        """What is said without looking: shares of classes or labels, or the mean."""
+        known = self.targets.values[self.rows["train"]]
+        if isinstance(self.objective, Classification):
+            counts = torch.from_numpy(np.bincount(known, minlength=len(self.objective.classes)))
+            said = majority_logits(counts, 1).numpy()
+        elif isinstance(self.objective, Regression):
+            said = np.zeros((1, 1))
+        else:
+            said = logit(known.mean(axis=0, dtype=np.float64))[None]
+        return {key: said.repeat(len(self.rows[key]), axis=0) for key in HELD_OUT}
+
     def _train(self, name: str) -> Result:
-        data = partial(self._windows, name=name)
+        data = partial(self._examples, name=name)
         trained = train_contender(
             name,
             Contender(
@@ -129,7 +153,7 @@ class Study:
             also={split: data(split) for split in HELD_OUT},
         )
         outputs = {
-            split: self._by_record(split, found) for split, found in trained.predictions.items()
+            split: self._gather(split, found) for split, found in trained.predictions.items()
         }
         return replace(
             self._score(outputs),
@@ -140,7 +164,7 @@ class Study:
 
     def _build(self, name: str) -> torch.nn.Module:
         if name == "cnn":
-            return BenchmarkCnn(self.longest, len(self.classes))
+            return BenchmarkCnn(self.longest, self.objective.num_outputs)
         alone = f"SlidingWindow(radius={self.config['window']})"
         changed = {"pattern": alone} if name == "window" else {}
         network = DnaClassifier(**{**self.architecture, **changed})
@@ -150,12 +174,15 @@ class Study:
             print(f"note: sizes, pattern and weights of {path}: {said}")
         return network
 
+    def _examples(self, split: str, *, name: str = MODEL, augment: bool = False) -> Examples:
+        return self._windows(split, name=name, augment=augment)
+
     def _windows(self, split: str, *, name: str = MODEL, augment: bool = False) -> WindowDataset:
         rows = self.rows[split]
         return WindowDataset(
             self.store,
             self.records[rows],
-            self.targets[rows],
+            self._window_targets(rows),
             context=self.config["context"],
             overlap=self.config["window_overlap"],
             reverse_complement=augment and self.config["rc"] in ("augment", "average"),
@@ -164,16 +191,19 @@ class Study:
             seed=self.config["seed"],
         )
 
+    def _window_targets(self, rows: Int64[ndarray, " K"]) -> Shaped[ndarray, "K ..."] | None:
+        return self.targets.values[rows]
+
     def _sample_weights(self, name: str) -> list[float] | None:
         """Weights by which an epoch draws each window, so that classes come as often."""
-        if self.config["task"]["sampling"] != "balanced":
+        if self.config["task"].get("sampling") != "balanced":
             return None
         targets = self._windows("train", name=name).targets
         assert targets is not None, "training windows have a class"
         weights: list[float] = (1 / np.bincount(targets))[targets].tolist()
         return weights
 
-    def _by_record(self, split: str, predictions: Iterable[Prediction]) -> Outputs:
+    def _gather(self, split: str, predictions: Iterable[Prediction]) -> Outputs:
         """Average the logits of each record's windows; one row per record, in the table's order."""
         found = list(predictions)
         records = torch.tensor([prediction.record for prediction in found])
@@ -186,28 +216,27 @@ class Study:
         def sequences(split: str) -> Iterator[UInt8[ndarray, "T"]]:
             return (self.store.read(int(record)) for record in self.records[self.rows[split]])
 
-        known = self.targets[self.rows["train"]]
-        both = {split: partial(sequences, split) for split in HELD_OUT}
-        fitted = fit_kmer_baseline(
-            sequences("train"),
-            known,
-            (tokens for split in HELD_OUT for tokens in both[split]()),
-            both_strands=self.config["rc"] != "none",
-        )
-        probabilities = np.full((len(fitted.probabilities), len(self.classes)), 1e-12)
-        probabilities[:, fitted.classes] = np.maximum(fitted.probabilities, 1e-12)
-        val, test = np.split(np.log(probabilities), [len(self.rows["val"])])
+        asked = (tokens for split in HELD_OUT for tokens in sequences(split))
+        both, known = self.config["rc"] != "none", self.targets.values[self.rows["train"]]
+        if isinstance(self.objective, Regression):
+            said = fit_kmer_ridge(sequences("train"), known, asked, both_strands=both)
+            found = ((said - self.objective.mean) / self.objective.spread)[:, None]
+        elif isinstance(self.objective, Classification):
+            fitted = fit_kmer_baseline(sequences("train"), known, asked, both_strands=both)
+            shares = np.full((len(fitted.probabilities), self.objective.num_outputs), 1e-12)
+            shares[:, fitted.classes] = np.maximum(fitted.probabilities, 1e-12)
+            found = np.log(shares)
+        else:
+            found = fit_kmer_labels(sequences("train"), known, asked, both_strands=both)
+        val, test = np.split(found, [len(self.rows["val"])])
         return {"val": val, "test": test}
 
     def _score(self, outputs: dict[str, Outputs]) -> Result:
-        """Choose the threshold of two classes on validation, and score the test records."""
-        objective = self.objective
-        if len(self.classes) == 2 and len(self.rows["val"]):
-            known = objective.predictions(outputs["val"], self.targets[self.rows["val"]].tolist())
-            cut = choose_threshold(known.targets, known.probabilities[:, 1])
-            objective = replace(objective, threshold=cut)
+        """Let validation choose thresholds, and score the test records."""
+        known = {split: self.targets.of(self.rows[split]) for split in HELD_OUT}
+        objective = settle(self.objective, outputs["val"], known["val"])
         rows = self.rows["test"]
-        found = objective.predictions(outputs["test"], self.targets[rows].tolist())
+        found = objective.predictions(outputs["test"], known["test"])
         groups = self.table["group"].iloc[rows].tolist()
         clean = self._clean_rows()
         kept = [groups[row] for row in clean]
@@ -216,20 +245,28 @@ class Study:
             outputs,
             score(found, groups=groups),
             score(found.take(clean), groups=kept) if 0 < len(clean) < len(rows) else {},
+            score_targets(found, groups),
         )
 
     def _clean_rows(self) -> ndarray:
         """Rows of the test records that the leak report does not name."""
         ids = self.table["id"].iloc[self.rows["test"]]
-        leaking = set() if self.leaks is None else leaking_ids(self.leaks.items)
-        return np.flatnonzero(~ids.isin(leaking).to_numpy())
+        return np.flatnonzero(~ids.isin(self._leaking).to_numpy())
+
+    @property
+    def _leaking(self) -> set[str]:
+        return set() if self.leaks is None else leaking_ids(self.leaks.items)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Scores for the terminal."""
+        return SHOWN[self.config["task"]["name"]]
 
     def _write(self, results: dict[str, Result]) -> None:
         model = results[MODEL]
         assert isinstance(model.network, DnaClassifier)
         metadata = {
-            "classes": list(self.classes),
-            "threshold": model.objective.threshold,
+            "task": model.objective.plain(),
             "context": self.config["context"],
             "overlap": self.config["window_overlap"],
             "tokenizer": self.tokenizer.config,
@@ -263,7 +300,7 @@ class Study:
             rows = self.rows[split]
             known = self.table.iloc[rows].reset_index(drop=True)
             columns = [name for name in ("id", "group", "split", "contig") if name in known]
-            truth = result.objective.truth(self.targets[rows].tolist())
+            truth = result.objective.truth(self.targets.of(rows))
             said = result.objective.read(result.outputs[split])
             parts.append(pd.concat([known[columns], truth, said], axis=1))
         return pd.concat(parts, ignore_index=True)
@@ -273,16 +310,17 @@ class Study:
         assert model.report is not None, "the model is trained"
         calls = sum((result.engine_calls or Counter() for result in results.values()), Counter())
         reports = {name: result.report for name, result in results.items() if result.report}
-        shown = {name: model.scores[name].value for name in SHOWN}
+        shown = {name: model.scores[name].value for name in self.shown}
         return {
             "task": model.objective.plain(),
-            "classes": list(self.classes),
+            "classes": list(self.targets.names),
             "test_records": len(self.rows["test"]),
             "test_records_without_leaks": len(self._clean_rows()),
             "failures": len(self.collection.failures),
             "summary": {**shown, "seconds": round(model.report.seconds, 1)},
             **name_engines(calls),
             "scores": {name: _plain(result.scores) for name, result in results.items()},
+            "scores_by_target": {name: _plain(row) for name, row in model.by_target.items()},
             "scores_without_leaks": {
                 name: _plain(result.clean) for name, result in results.items() if result.clean
             },
@@ -290,18 +328,20 @@ class Study:
         }
 
     def _summary(self, results: dict[str, Result]) -> str:
-        titles = {MODEL: f"model ({self.architecture['pattern']})"} | BASELINES
+        titles = {MODEL: f"model ({self.architecture['pattern']})"} | self.titles
         scores = {titles[name]: result.scores for name, result in results.items()}
         checkpoint, tested = self.out / "model.ckpt", len(self.rows["test"])
-        lines = f"{tested:,} test records, 95 % intervals over records\n"
-        lines += f"{format_table(scores, names=SHOWN)}\n\n"
+        lines = f"{tested:,} test records, 95 % intervals over {self.resampled}\n"
+        lines += f"{format_table(scores, names=self.shown)}\n\n"
+        if each := results[MODEL].by_target:
+            lines += f"the model by {self.targets_are}\n{format_table(each)}\n\n"
         clean = {titles[name]: result.clean for name, result in results.items() if result.clean}
         left = len(self._clean_rows())
         if self.leaks is not None:
             few = f": fewer than {FEW}, too few to score by" if left < FEW else ""
             lines += f"without the {tested - left:,} that leak ({LEAKS}), {left:,} remain{few}\n"
         if clean:
-            lines += f"{format_table(clean, names=SHOWN)}\n"
+            lines += f"{format_table(clean, names=self.shown)}\n"
         return (
             f"{lines}\n"
             f"model        {checkpoint}\n"
@@ -310,6 +350,13 @@ class Study:
             f"predict with  python -m pipelines.genomics predict sequences=FILE ckpt={checkpoint} "
             f"out=FOLDER\n"
         )
+
+
+def score_targets(found: Predictions, groups: Sequence[str]) -> dict[str, dict[str, Score]]:
+    """Scores of each of several targets; nothing where there is one."""
+    if not isinstance(found, JointPredictions):
+        return {}
+    return {name: score(part, groups=groups) for name, part in found.parts.items()}
 
 
 def leaking_ids(items: pd.DataFrame) -> set[str]:

@@ -32,6 +32,19 @@ class Track:
     def __len__(self) -> int:
         return self.records.size
 
+    @classmethod
+    def of(cls, tracks: Sequence["Track"]) -> "Track":
+        """Put tracks of records in order into one."""
+        if not tracks:
+            empty = np.empty(0, dtype=np.int64)
+            return cls(empty, empty, empty, np.empty(0))
+        return cls(
+            *(
+                np.concatenate([getattr(track, name) for track in tracks])
+                for name in ("records", "starts", "ends", "values")
+            )
+        )
+
 
 def blend(
     records: Int64[ndarray, "W"],
@@ -50,15 +63,22 @@ def blend(
         for record in np.unique(records)
         for mine in [records == record]
     ]
-    if not tracks:
-        empty = np.empty(0, dtype=np.int64)
-        return Track(empty, empty, empty, np.empty(0))
-    return Track(
-        *(
-            np.concatenate([getattr(track, name) for track in tracks])
-            for name in ("records", "starts", "ends", "values")
-        )
-    )
+    return Track.of(tracks)
+
+
+def join_equal(record: int, bases: Int64[ndarray, "N"], values: Float[ndarray, "N"]) -> Track:
+    """Give each base of a record the mean of its values; neighbours of one value become a stretch.
+
+    Bases come in any order, some of them several times.
+    """
+    places, of = np.unique(bases, return_inverse=True)
+    mean = (np.bincount(of, values) / np.bincount(of)).round(_DECIMALS)
+    opens = np.ones(places.size, dtype=bool)
+    opens[1:] = (places[1:] != places[:-1] + 1) | (mean[1:] != mean[:-1])
+    first = np.flatnonzero(opens)
+    last = np.append(first[1:], places.size)[: first.size] - 1
+    records = np.full(first.size, record, dtype=np.int64)
+    return Track(records, places[first], places[last] + 1, mean[first])
 
 
 def write_bedgraph(path: Path, track: Track, ids: Sequence[str], *, name: str) -> None:

@@ -1,10 +1,12 @@
 """`train`: from sequences and labels to a model, scored beside its baselines."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipelines.genomics.alphabet import NUM_TOKENS
 from pipelines.genomics.collection import Collection, collect
@@ -15,7 +17,18 @@ from pipelines.genomics.pretrain import pretrained_sizes, read_pretrained
 from pipelines.genomics.splitting import assign, check_policy, describe, keep_apart
 from pipelines.genomics.study import BASELINES, Study
 from pipelines.genomics.synthetic import MotifPlan, write_dataset
+from pipelines.genomics.tasks import (
+    DnaObjective,
+    Targets,
+    check_task,
+    is_stratified,
+    make_objective,
+    read_targets,
+)
 from pipelines.genomics.tokenizers import Tokenizer, build_tokenizer
+from pipelines.genomics.track_files import Signals
+from pipelines.genomics.track_study import TrackStudy
+from pipelines.genomics.track_task import Tracks
 from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitSettings
 from pipelines.shared.record import is_main_process
@@ -33,26 +46,27 @@ def train(config: dict[str, Any]) -> int:
     out = Path(config["out"])
     if not begin_run(out, config):
         return 0
-    collection = _prepare(collect(config, out, require_labels=True), config, out)
+    along = config["task"]["name"] == "tracks"
+    collection = _prepare(collect(config, out, require_labels=not along), config, out)
     tokenizer = _make_tokenizer(collection, config)
+    study, known, objective = (_track_lesson if along else _lesson)(collection, config)
     architecture = _architecture(
-        config,
-        num_classes=collection.table["label"].nunique(),
-        num_tokens=tokenizer.num_tokens,
+        config, num_classes=objective.num_outputs, num_tokens=tokenizer.num_tokens
     )
-    leaks = _find_leaks(collection) if config["leaks"] else None
-    return Study(config, settings, collection, tokenizer, architecture, leaks, out).run()
+    leaks = _find_leaks(collection, config) if config["leaks"] else None
+    return study(
+        config, settings, collection, known, objective, tokenizer, architecture, leaks, out
+    ).run()
 
 
 def check_training(config: dict[str, Any]) -> FitSettings:
     """Refuse settings without sense before anything is read."""
     check_baselines(config["baselines"], BASELINES)
     settings = FitSettings.from_config(config)
-    if config["task"]["name"] != "classification":
-        raise InputError(
-            f"task={config['task']['name']}: DNA is classified so far; use task=classification"
-        )
+    check_task(config)
     words = config["tokenizer"]["kind"] != "base"
+    if words and config["task"]["name"] == "tracks":
+        raise InputError("task=tracks says something of single bases: it needs tokenizer=base")
     if words and config["pretrained"]:
         raise InputError("pretrained= knows bases: it needs tokenizer=base")
     if config["freeze"] and not config["pretrained"]:
@@ -79,7 +93,8 @@ def _architecture(
 ) -> dict[str, Any]:
     architecture = architecture_of(dict(config), num_classes=num_classes)
     own = {key: config[key] for key in ("stem", "stem_stride", "kernel", "rc")}
-    architecture |= {**own, "num_tokens": num_tokens}
+    along = config["task"]["name"] == "tracks"
+    architecture |= {**own, "num_tokens": num_tokens, "per": "base" if along else "sequence"}
     if config["pretrained"]:
         model = read_pretrained(Path(config["pretrained"]))
         architecture |= pretrained_sizes(model, config["rc"])
@@ -110,20 +125,45 @@ def _prepare(collection: Collection, config: Mapping[str, Any], out: Path) -> Co
     found = keep_apart(collection, config["overlap"])
     for note in found.notes:
         print(f"note: {note}: {out / 'duplicates.csv'}")
-    table = found.collection.table
-    classes = sorted(table["label"].unique())
-    if len(classes) < 2:
-        raise InputError(
-            f"{len(table):,} records of {len(classes)} classes are left with a label and without "
-            f"copies; at least two classes are needed: see {out / 'duplicates.csv'}, or use "
-            "overlap=allow"
-        )
-    found.collection.table["split"] = assign(found.collection, config)
+    table, classified = found.collection.table, is_stratified(config)
+    if classified:
+        classes = sorted(table["label"].unique())
+        if len(classes) < 2:
+            raise InputError(
+                f"{len(table):,} records of {len(classes)} classes are left with a label and "
+                f"without copies; at least two classes are needed: see {out / 'duplicates.csv'}, "
+                "or use overlap=allow"
+            )
+        print(f"{len(classes)} classes ({', '.join(classes)})")
+    table["split"] = assign(found.collection, config, stratify=classified)
     if is_main_process():
         write_table(out / "duplicates.csv", found.table)
-        write_table(out / "splits.tsv", found.collection.table[["id", "label", "split", "group"]])
-    print(f"{len(classes)} classes ({', '.join(classes)})\n{describe(found.collection.table)}")
+        columns = [name for name in ("id", "label", "split", "group") if name in table]
+        write_table(out / "splits.tsv", table[columns])
+    print(describe(table, labels=classified))
     return found.collection
+
+
+def _lesson(
+    collection: Collection, config: Mapping[str, Any]
+) -> tuple[type[Study], Targets, DnaObjective]:
+    """Read what is known of each item, and make of it what networks are trained for."""
+    targets = read_targets(collection.table, config, collection.name)
+    train = np.flatnonzero(collection.table["split"] == "train")
+    return Study, targets, make_objective(config, targets, train)
+
+
+def _track_lesson(
+    collection: Collection, config: Mapping[str, Any]
+) -> tuple[type[Study], Signals, DnaObjective]:
+    """Open the tracks, and take from them what networks are trained for."""
+    task, lengths = config["task"], collection.lengths
+    signals = Signals(task["files"], collection.table, lengths, missing=task["missing"])
+    for note in signals.notes:
+        print(f"note: {note}")
+    train = np.flatnonzero(collection.table["split"] == "train")
+    objective = Tracks.of(signals, train, lengths[train], kind=task["loss"])
+    return TrackStudy, signals, objective
 
 
 def _make_tokenizer(collection: Collection, config: Mapping[str, Any]) -> Tokenizer:
@@ -135,8 +175,11 @@ def _make_tokenizer(collection: Collection, config: Mapping[str, Any]) -> Tokeni
     )
 
 
-def _find_leaks(collection: Collection) -> Leaks:
+def _find_leaks(collection: Collection, config: Mapping[str, Any]) -> Leaks:
     """Look for test items that stand in train or validation too, and say how many do."""
+    if not is_stratified(config):  # counts by label are counts by class
+        unlabelled = collection.table.drop(columns="label", errors="ignore")
+        collection = replace(collection, table=unlabelled)
     leaks = find_leaks(collection, progress=True)
     print(f"\n{leaks.text()}\n")
     return leaks

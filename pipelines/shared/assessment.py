@@ -32,7 +32,7 @@ HEADLINES: dict[Task, tuple[str, ...]] = {
     "classification": ("auroc", "auprc", "balanced_accuracy", "f1", "mcc"),
     "multilabel": ("auroc", "auprc", "f1", "mcc", "exact_match"),
     "regression": ("r2", "pearson", "spearman", "mae"),
-    "tracks": ("r2", "pearson", "spearman", "mae"),
+    "tracks": ("r2", "pearson", "spearman"),
     "survival": ("c_index",),
 }
 """Scores that a terminal has room for."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, overload
 
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -18,13 +18,14 @@ was seen then (1) or not by then (0)."""
 class Example:
     """One sequence of tokens, with the coordinates that patterns speak of.
 
-    `inputs` are features or token numbers, `group` is what must stay in one split (a patient),
-    `record` the row of the table that the sequence comes from (a slide, a DNA record).
+    `inputs` are features or token numbers, `target` is one of the sequence, or numbers of each
+    token; `group` is what must stay in one split (a patient), `record` the row of the table that
+    the sequence comes from (a slide, a DNA record).
     """
 
     inputs: Shaped[Tensor, "T ..."]
     coords: Int64[Tensor, "T P"]
-    target: Target | None
+    target: Target | Float[Tensor, "T K"] | None
     id: str
     group: str
     record: int
@@ -69,13 +70,14 @@ class ExampleList(Sequence[Example]):
 class PackedBatch:
     """Sequences laid end to end; `lengths` says where each one stops.
 
-    `targets` are int64 classes, float32 numbers, or float32 rows of several.
+    `targets` are int64 classes, float32 numbers, or float32 rows of several, of each sequence; or
+    rows of numbers of each token.
     """
 
     inputs: Shaped[Tensor, "T ..."]
     coords: Int64[Tensor, "T P"]
     lengths: Int64[Tensor, " S"]
-    targets: Shaped[Tensor, "S ..."] | None
+    targets: Shaped[Tensor, "S ..."] | Float[Tensor, "T K"] | None
     ids: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -108,9 +110,15 @@ def pack(examples: list[Example]) -> PackedBatch:
         inputs=torch.cat([example.inputs for example in examples]),
         coords=torch.cat([example.coords for example in examples]),
         lengths=torch.tensor([len(example.inputs) for example in examples]),
-        targets=torch.tensor(targets) if targets else None,
+        targets=_join_targets(targets) if targets else None,
         ids=tuple(example.id for example in examples),
     )
+
+
+def _join_targets(targets: Sequence[Target | Tensor]) -> Tensor:
+    """Put targets of sequences into one tensor; those of tokens end to end."""
+    tokens = [target for target in targets if isinstance(target, Tensor)]
+    return torch.cat(tokens) if tokens else torch.tensor(targets)
 
 
 def pack_within(examples: list[Example], max_tokens: int) -> tuple[PackedBatch, ...]:

@@ -14,14 +14,15 @@ from pipelines.shared.batch import Examples, TokenBudgetBatches, pack
 class Prediction:
     """What a network says of one example: float32 on the CPU.
 
-    `embedding` is the sequence's vector that the head reads, `contributions` what each token adds
-    to each number (`NetworkOutput`), where they were asked for.
+    `logits` are the sequence's, or those of each token (a network with `per_token`). `embedding` is
+    the sequence's vector that the head reads, `contributions` what each token adds to each number
+    (`NetworkOutput`), where they were asked for.
     """
 
     id: str
     record: int
-    logits: Float[Tensor, " C"]
-    probabilities: Float[Tensor, " C"]
+    logits: Float[Tensor, "... C"]
+    probabilities: Float[Tensor, "... C"]
     attention: Float[Tensor, " T"]
     embedding: Float[Tensor, " F"] | None = None
     contributions: Float[Tensor, "T C"] | None = None
@@ -54,6 +55,8 @@ def predict(
             output = network(given, explain=True) if explain else network(given)
         logits = output.logits.float().cpu()
         lengths = batch.lengths.tolist()
+        if getattr(network, "per_token", False):
+            logits = logits.split(lengths)
         parts = output.attention.float().cpu().split(lengths)
         vectors = getattr(output, "embedding", None)
         embeddings = [None] * len(members) if vectors is None else vectors.float().cpu()
@@ -65,7 +68,7 @@ def predict(
                 id=example.id,
                 record=example.record,
                 logits=logits[row],
-                probabilities=logits[row].softmax(dim=0),
+                probabilities=logits[row].softmax(dim=-1),
                 attention=attention,
                 embedding=embeddings[row],
                 contributions=added[row],

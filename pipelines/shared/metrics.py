@@ -1,8 +1,9 @@
 """Predictions beside the truth, and their scores by scikit-learn, SciPy and lifelines."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -120,6 +121,12 @@ class JointPredictions:
         return JointPredictions({name: part.take(rows) for name, part in self.parts.items()})
 
     @property
+    def means(self) -> Container[str]:
+        """Scores that can be averaged: errors of several tracks may be in several units."""
+        units = [part for part in self.parts.values() if not isinstance(part, ClassPredictions)]
+        return frozenset(TITLES) - (_WITH_UNIT if len(units) > 1 else frozenset())
+
+    @property
     def exact(self) -> NDArray[np.bool_] | None:
         """Rows of which every label is right [N]; None where targets are no labels."""
         labels = [part for part in self.parts.values() if isinstance(part, ClassPredictions)]
@@ -152,6 +159,7 @@ TITLES = {
 """How a score is called where people read it."""
 
 LOWER_IS_BETTER = frozenset({"brier", "ece", "mae", "rmse"})
+_WITH_UNIT = frozenset({"mae", "rmse"})
 
 
 def measure(predictions: Predictions) -> dict[str, Score]:
@@ -162,8 +170,9 @@ def measure(predictions: Predictions) -> dict[str, Score]:
     classes, else the mean over classes), Matthews' correlation; with an order, the quadratic
     weighted kappa; the Brier score (0 to 1 for two classes, 0 to 2 for more) and the expected
     calibration error. Numbers: R2, MAE, RMSE, Pearson's and Spearman's correlation. Risks:
-    Harrell's c-index. Several targets: means over those that define a score, and of labels the
-    share of rows with all of them right. A score that the rows do not define is None, with the
+    Harrell's c-index. Several targets: means over those that define a score (but no errors of
+    several tracks, whose units differ), and of labels the share of rows with all of them right. A
+    score that the rows do not define is None, with the
     reason.
     """
     if isinstance(predictions, JointPredictions):
@@ -230,7 +239,7 @@ def format_score(score: Score, *, signed: bool = False) -> str:
 
 def _measure_jointly(given: JointPredictions) -> dict[str, Score]:
     each = {name: measure(part) for name, part in given.parts.items()}
-    names = next(iter(each.values()))
+    names = [name for name in next(iter(each.values())) if name in given.means]
     found = {
         score: _mean_score({name: row[score] for name, row in each.items()}) for score in names
     }
@@ -256,8 +265,12 @@ def _functions(predictions: OneTarget | RiskPredictions) -> dict[str, Callable[[
         return _value_functions(predictions.targets, predictions.values)
     if isinstance(predictions, StretchPredictions):
         found = stretch_scores(predictions, np.ones((1, len(predictions))))
-        return {name: lambda score=score: float(score()[0]) for name, score in found.items()}  # type: ignore[misc]
+        return {name: partial(_only, score) for name, score in found.items()}
     return {"c_index": lambda: _concordance(predictions)}
+
+
+def _only(score: Callable[[], Floats]) -> float:
+    return float(score()[0])
 
 
 def _class_functions(given: ClassPredictions) -> dict[str, Callable[[], float]]:

@@ -26,13 +26,14 @@ POOLINGS = ("attention", "mean", "max")
 class NetworkOutput:
     """Numbers of each sequence, and how much each input token counted.
 
-    `logits` are a number per class, or what else the objective asks for; `attention` sums to 1 in
-    each sequence. `embedding` is what the head reads. `contributions`, if asked for, is what each
+    `logits` are a number per class, or what else the objective asks for, of each sequence, or of
+    each input token where `per_token` of the network says so; `attention` sums to 1 in each
+    sequence. `embedding` is what the head reads. `contributions`, if asked for, is what each
     input token adds to each number; each network says how. `auxiliary` is a loss that the network
     adds itself.
     """
 
-    logits: Float[Tensor, "S C"]
+    logits: Float[Tensor, "S C"] | Float[Tensor, "T C"]
     attention: Float[Tensor, " T"]
     embedding: Float[Tensor, "S F"]
     contributions: Float[Tensor, "T C"] | None = None

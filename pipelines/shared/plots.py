@@ -31,6 +31,7 @@ from pipelines.shared.stretches import StretchPredictions
 COLOURS = ("#0b5fa5", "#c8511b", "#2b8a57", "#7b4ea3", "#8a6d1f", "#b3396b", "#4d4d4d", "#159a9c")
 _GRID = np.linspace(0, 1, 201)
 _SIZE = (4.6, 4.2)
+_SHORT_NAME, _LINE = 24, 0.21
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -246,8 +247,12 @@ def _square(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes, place: Place) -> Figure:
-    if axes.get_legend_handles_labels()[1]:
-        with rc_context(_STYLE):
+    names = axes.get_legend_handles_labels()[1]
+    with rc_context(_STYLE):
+        if max(map(len, names), default=0) > _SHORT_NAME:  # would hide what is drawn
+            figure.set_figheight(figure.get_figheight() + _LINE * len(names))
+            figure.legend(loc="outside lower left")
+        elif names:
             axes.legend(loc=place)
     return figure
 

@@ -172,7 +172,7 @@ def _tables(found: Assessment, words: Words, beside: Mapping[str, Assessment]) -
         ]
         tables.append(Table("Thresholds", ["model", f"probability of {found.classes[1]}"], rows))
     if found.by_target:
-        tables.append(_target_table(found, words))
+        tables += [_target_table(found, words), _each_target_table(found, words)]
     tables += [_subgroup_table(column, found, words) for column in found.subgroups]
     tables.append(_fold_table(found, words))
     return tables
@@ -212,9 +212,23 @@ def _target_table(found: Assessment, words: Words) -> Table:
         [target, *(_cell(scores[name]) for scores in models.values())]
         for target, models in found.by_target.items()
     ]
-    kind = "label" if found.task == "multilabel" else "track"
+    kind = _kind(found)
     header = [kind, *(words.title(model) for model in found.scores)]
     return Table(f"{TITLES[name]} by {kind}", header, rows)
+
+
+def _each_target_table(found: Assessment, words: Words) -> Table:
+    """All scores of the first model, a row per label or track."""
+    model = next(iter(found.scores))
+    each = {target: models[model] for target, models in found.by_target.items()}
+    names = list(next(iter(each.values())))
+    rows = [[target, *(_cell(scores[name]) for name in names)] for target, scores in each.items()]
+    header = [_kind(found), *(TITLES.get(name, name) for name in names)]
+    return Table(f"Scores by {_kind(found)}, {words.title(model)}", header, rows)
+
+
+def _kind(found: Assessment) -> str:
+    return "label" if found.task == "multilabel" else "track"
 
 
 def _fold_table(found: Assessment, words: Words) -> Table:

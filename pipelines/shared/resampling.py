@@ -74,7 +74,9 @@ def _joint_scores(
     given: JointPredictions, weights: Weights, names: Sequence[str] | None
 ) -> dict[str, Values]:
     each = [weighted_scores(part, weights, names) for part in given.parts.values()]
-    found = {name: _mean([scores[name] for scores in each]) for name in each[0]}
+    found = {
+        name: _mean([scores[name] for scores in each]) for name in each[0] if name in given.means
+    }
     exact = given.exact
     if exact is not None and (names is None or "exact_match" in names):
         found["exact_match"] = _divide(weights @ exact.astype(np.float64), weights.sum(axis=1))

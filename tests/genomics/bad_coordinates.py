@@ -72,13 +72,14 @@ def model(change: Callable[[dict[str, object]], None] | None = None) -> Make:
         from pipelines.genomics.model import DnaClassifier
         from pipelines.genomics.tokenizers import BaseTokenizer, digest
         from pipelines.shared.checkpoint import save_model
+        from pipelines.shared.objective import Classification
 
         (folder / "genome.fa").write_text(GENOME)
         pattern = "SlidingWindow(radius=4) | GlobalTokens(1)"
         network = DnaClassifier(dim=8, depth=1, num_heads=1, pattern=pattern, num_classes=2)
         tokenizer = BaseTokenizer()
         metadata: dict[str, object] = {
-            "classes": ["0", "1"],
+            "task": Classification(("0", "1")).plain(),
             "context": 16,
             "overlap": 4,
             "tokenizer": tokenizer.config,

@@ -11,6 +11,7 @@ from pipelines.genomics.alphabet import encode
 from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.tokenizers import BaseTokenizer, digest
 from pipelines.shared.checkpoint import save_model
+from pipelines.shared.objective import Classification
 
 MOTIF = "TATAGC"
 WITH, WITHOUT = 8.0, -4.0
@@ -42,7 +43,7 @@ def build(rc="average"):
 
 def save(path, *, rc="average", context=60):
     metadata = {
-        "classes": ["no", "yes"], "context": context, "overlap": 0,
+        "task": Classification(("no", "yes")).plain(), "context": context, "overlap": 0,
         "tokenizer": BaseTokenizer().config, "tokenizer_digest": digest(BaseTokenizer()),
     }  # fmt: skip
     save_model(path, build(rc), task="genomics", metadata=metadata)

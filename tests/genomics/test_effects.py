@@ -16,6 +16,7 @@ from pipelines.genomics.tokenizers import BaseTokenizer, digest
 from pipelines.genomics.variants import PlacedVariant, Variant
 from pipelines.shared.batch import Example, pack
 from pipelines.shared.checkpoint import save_model
+from pipelines.shared.objective import Classification
 from tests.genomics.known_motif import MOTIF, WITH, WITHOUT, save
 
 LEFT, RIGHT = "GGCCTGCAGGCCTCCGGACC" * 4, "GGCCTCGAGGCCAGGCCTCC" * 4
@@ -148,7 +149,7 @@ def network(path):
     torch.manual_seed(4)
     made = DnaClassifier(dim=16, depth=1, num_heads=2, pattern="SlidingWindow(radius=4)",
                          num_classes=2, rc="none").eval()  # fmt: skip
-    metadata = {"classes": ["no", "yes"], "context": 40, "overlap": 0,
+    metadata = {"task": Classification(("no", "yes")).plain(), "context": 40, "overlap": 0,
                 "tokenizer": BaseTokenizer().config,
                 "tokenizer_digest": digest(BaseTokenizer())}  # fmt: skip
     save_model(path, made, task="genomics", metadata=metadata)
@@ -186,7 +187,7 @@ def test_scores_are_means_over_strands_and_ends(given):
 
 def test_log_odds_of_several_classes():
     logits = np.log(np.array([[[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]]))
-    table = describe_effects(logits, ["a", "b", "c"])
+    table = describe_effects(logits, Classification(("a", "b", "c")))
     assert table["delta_a"][0] == pytest.approx(0.4)
     assert table["log_odds_a"][0] == pytest.approx(np.log(0.6 / 0.4) - np.log(0.2 / 0.8), abs=1e-6)
     assert table["log_odds_b"][0] == pytest.approx(0, abs=1e-6)

@@ -14,6 +14,7 @@ from pipelines.genomics.outputs import read_embeddings
 from pipelines.genomics.tokenizers import BaseTokenizer, digest
 from pipelines.shared.batch import Example, pack
 from pipelines.shared.checkpoint import save_model
+from pipelines.shared.objective import Classification
 
 CONTEXT, OVERLAP = 50, 10
 TEXTS = {
@@ -34,7 +35,7 @@ def save(path, *, stem_stride=1, classes=True):
     ).eval()  # fmt: skip
     metadata = {"context": CONTEXT, "overlap": OVERLAP, "tokenizer": BaseTokenizer().config,
                 "tokenizer_digest": digest(BaseTokenizer()), "guess": "masked"}  # fmt: skip
-    metadata |= {"classes": ["no", "yes"]} if classes else {}
+    metadata |= {"task": Classification(("no", "yes")).plain()} if classes else {}
     save_model(path, network, task="genomics", metadata=metadata)
     return network
 

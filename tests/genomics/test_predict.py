@@ -22,6 +22,7 @@ from pipelines.genomics.tokenizers import BaseTokenizer, KmerTokenizer, digest, 
 from pipelines.shared.batch import Example, pack
 from pipelines.shared.checkpoint import save_model
 from pipelines.shared.inference import predict
+from pipelines.shared.objective import Classification
 
 CONTEXT, OVERLAP = 40, 10
 
@@ -54,7 +55,7 @@ def ckpt(network: DnaClassifier, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("model") / "model.ckpt"
     tokenizer = BaseTokenizer()
     metadata = {
-        "classes": ["no", "yes"],
+        "task": Classification(("no", "yes")).plain(),
         "context": CONTEXT,
         "overlap": OVERLAP,
         "tokenizer": tokenizer.config,
@@ -326,7 +327,7 @@ def test_a_model_brings_its_tokenizer(name, genome, tmp_path):
     network = DnaClassifier(
         dim=8, depth=1, num_heads=1, pattern=pattern, num_classes=2, num_tokens=tokenizer.num_tokens
     ).eval()
-    metadata = {"classes": ["no", "yes"], "context": 300, "overlap": 0}
+    metadata = {"task": Classification(("no", "yes")).plain(), "context": 300, "overlap": 0}
     metadata |= {"tokenizer": tokenizer.config, "tokenizer_digest": digest(tokenizer)}
     save_model(tmp_path / "model.ckpt", network, task="genomics", metadata=metadata)
     out = tmp_path / "out"

@@ -1,5 +1,7 @@
 """saliency on a network whose motif is known."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +22,7 @@ from pipelines.genomics.model import DnaClassifier
 from pipelines.shared.batch import Example, pack
 from tests.genomics.known_motif import MOTIF, WITH, WITHOUT, build, save
 
+SECOND, THIRD = (partial(log_odds, column=column) for column in (1, 2))
 PLACE = slice(20, 20 + len(MOTIF))
 
 
@@ -53,7 +56,9 @@ def test_the_network_is_what_it_is_said_to_be(text):
 
 def test_changing_a_base_of_the_motif_takes_the_score_away(text):
     network, bases = build("none"), encode(text)
-    changes = mutate_in_silico(network, bases, 1, positions=np.arange(len(text)), max_tokens=999)
+    changes = mutate_in_silico(
+        network, bases, SECOND, positions=np.arange(len(text)), max_tokens=999
+    )
     own = np.zeros((len(text), 4), dtype=bool)
     own[np.arange(len(text)), bases - 1] = True
     assert (changes[own] == 0).all()
@@ -71,7 +76,7 @@ def test_changes_are_those_of_changed_sequences(text):
     network = DnaClassifier(dim=16, depth=2, num_heads=2, pattern=pattern, num_classes=3).eval()
     with_n = text[:5] + "N" + text[6:]
     asked = np.array([3, 5, 25])
-    changes = mutate_in_silico(network, encode(with_n), 2, positions=asked, max_tokens=100)
+    changes = mutate_in_silico(network, encode(with_n), THIRD, positions=asked, max_tokens=100)
     assert np.isnan(changes[[0, 4, 5, 26]]).all()
     for at in (3, 25):
         for column, letter in enumerate("ACGT"):
@@ -87,7 +92,7 @@ def test_gradients_point_at_the_motif_on_either_strand(text, strand):
     inside = np.zeros(len(text), dtype=bool)
     inside[PLACE] = True
     inside = inside if strand == "+" else inside[::-1]
-    gradient = input_gradient(network, encode(given), 1)
+    gradient = input_gradient(network, encode(given), SECOND)
     assert gradient.sum(axis=1) == pytest.approx(0, abs=1e-9)
     added = own_gradient(gradient, encode(given))
     assert added[inside].min() > 2
@@ -105,7 +110,7 @@ def test_gradients_are_differences_in_the_limit(text, stem, rc):
     )  # fmt: skip
     network.double().eval()
     bases = encode(text)
-    gradient = input_gradient(network, bases, 1)
+    gradient = input_gradient(network, bases, SECOND)
     step, at = 1e-5, 17
     found = []
     for letter in (1, 2, 3, 4):
