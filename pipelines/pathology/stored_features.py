@@ -99,11 +99,12 @@ def _names(index: pd.DataFrame) -> str:
 
 
 def _of(row: "pd.Series[str]") -> str:
-    width, plan = row["num_features"], row["plan_hash"]
-    return f"encoder {row['encoder']} ({width} numbers), tiles {plan}"
+    made = f"{row['encoder_fingerprint']}, {row['num_features']} numbers"
+    return f"encoder {row['encoder']} ({made}), tiles {row['plan_hash']}"
 
 
 def _known(metadata: dict[str, object]) -> str:
     settings = metadata["encoder"]
     assert isinstance(settings, dict), "a model file holds its encoder's settings"
-    return f"encoder {settings.get('of', settings['name'])}, tiles {metadata['plan_hash']}"
+    name = settings.get("of", settings["name"])
+    return f"encoder {name} ({metadata['encoder_fingerprint']}), tiles {metadata['plan_hash']}"

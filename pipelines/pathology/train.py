@@ -83,6 +83,11 @@ def train(config: dict[str, Any]) -> int:
 def _train_on_stored(config: dict[str, Any], settings: FitSettings) -> int:
     """Train on features that are there already, imported or embedded; no slide is opened."""
     store, labels, out = (Path(config[key]) for key in ("features", "labels", "out"))
+    if config["encoder"]["name"] != "stats":  # the default, which experiments vary
+        raise InputError(
+            f"encoder={config['encoder']['name']} makes features of slides=, and features= without "
+            "slides= are taken as they are; choose among them by stored_encoder=NAME"
+        )
     table = read_slide_labels(labels, **_said(config), **_truth(config))
     ids = read_index(store)["slide_id"].unique()
     files, failures = _match([SlideFile(i, slide_folder(store, i)) for i in ids], table, labels)

@@ -89,7 +89,19 @@ def test_predict_takes_features_that_fit_the_model(trained, imported, tmp_path, 
     out = tmp_path / "none"
     arguments = ["predict", f"features={tmp_path / 'mixed'}", f"ckpt={trained / 'model.ckpt'}"]
     assert run(*arguments, f"out={out}") == 2
-    assert pd.read_csv(out / "failures.csv")["status"].tolist() == ["other_features"]
+    failures = pd.read_csv(out / "failures.csv")
+    assert failures["status"].tolist() == ["other_features"]
+    stores = (tmp_path / "mixed", store)
+    prints = [read_index(folder)["encoder_fingerprint"].iloc[0] for folder in stores]
+    assert prints[0] != prints[1]
+    assert all(f"({made}" in failures["reason"][0] for made in prints)
+
+
+def test_an_encoder_is_refused_where_features_are_taken_as_they_are(imported, tmp_path, capsys):
+    given = [f"features={imported / 'features'}", f"labels={imported / 'labels.csv'}"]
+    assert run("train", *given, "encoder=uni", f"out={tmp_path / 'out'}", *QUICK) == 2
+    assert "choose among them by stored_encoder=NAME" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_slides_cannot_be_predicted_by_an_encoder_that_is_not_here(
