@@ -147,10 +147,10 @@ def report(
         "seed": config["seed"],
     }
     found = assess(models, attributes=attributes, **settings)
-    clean, said = _without_leaks(models, leaking, settings)
-    along = found.task == "tracks"
-    rows = ("stretches", "stretches") if along else ("records", "groups of records")
-    words = Words(*rows, _titles(run, found))
+    rows = "stretches" if found.task == "tracks" else "records"
+    clean, said = _without_leaks(models, leaking, settings, rows)
+    groups = rows if found.task == "tracks" else "groups of records"
+    words = Words(rows, groups, _titles(run, found))
     write_report(
         out / "report.html",
         found,
@@ -158,7 +158,7 @@ def report(
         words=words,
         facts={"run": str(run), **_facts(run)},
         notes=[said],
-        beside={} if clean is None else {"Scores without leaking test records": clean},
+        beside={} if clean is None else {f"Scores without leaking test {rows}": clean},
     )
     parts = [summarise(found, words), said]
     if clean is not None:
@@ -188,7 +188,7 @@ def _read_leaks(path: Path) -> pd.DataFrame:
 
 
 def _without_leaks(
-    models: Models, leaking: Sequence[set[str]] | None, settings: Mapping[str, Any]
+    models: Models, leaking: Sequence[set[str]] | None, settings: Mapping[str, Any], rows: str
 ) -> tuple[Assessment | None, str]:
     """Score the test records that leak nowhere, and say how many these are."""
     if leaking is None:
@@ -197,7 +197,7 @@ def _without_leaks(
     ids = {name for fold in tests for name in fold.ids}
     kept = {name for fold, out in zip(tests, leaking, strict=True) for name in set(fold.ids) - out}
     said = (
-        f"{len(ids) - len(kept):,} of {len(ids):,} test records stand in train or validation too: "
+        f"{len(ids) - len(kept):,} of {len(ids):,} test {rows} stand in train or validation too: "
         f"copies, the other strand, an overlap, or shared 50-mers ({LEAKS})."
     )
     if len(kept) < FEW:
