@@ -58,9 +58,10 @@ def predict_cases(
 
     `explain` adds the tiles' contributions, for the time and memory of a training step.
 
-    With `ahead` the next case is read while one is computed, so that two are held in memory;
-    without, a case is asked for when the one before it is done. `encoder` (its name or fingerprint)
-    says whose features, where slides have those of several.
+    With `ahead`, for cases whose features are there, the next one is read while one is computed,
+    and without `explain` those that come to no more than `max_tokens` tiles together are computed
+    together. Without `ahead` a case is asked for when the one before it is done. `encoder` (its
+    name or fingerprint) says whose features, where slides have those of several.
     """
     network.to(device).eval()
     reads = (
@@ -68,11 +69,9 @@ def predict_cases(
         if ahead
         else (_read(case, store, by_patient, encoder) for case in cases)
     )
-    for read in reads:
-        if isinstance(read, Failure):
-            yield read
-            continue
-        examples = ExampleList([read.example])
+
+    def compute(group: Sequence[_Read]) -> list[Predicted] | Failure:
+        examples = ExampleList([read.example for read in group])
         try:
             made = list(
                 predict(
@@ -85,11 +84,46 @@ def predict_cases(
                 )
             )
         except torch.OutOfMemoryError as error:
-            reason = f"{sum(read.lengths):,} tiles do not fit the memory ({_first_line(error)})"
-            remedy = "use a GPU with more memory, precision=bf16-mixed, or device=cpu"
-            yield Failure(read.case[0], str(store), "memory", reason, remedy)
-            continue
-        yield Predicted(read.case[0], read.case[1], read.lengths, made[0])
+            return _too_large(group[0], store, error)
+        pairs = zip(group, made, strict=True)
+        return [Predicted(*read.case, read.lengths, found) for read, found in pairs]
+
+    for group in _group(reads, max_tokens if ahead and not explain else 0):
+        found = group if isinstance(group, Failure) else compute(group)
+        if isinstance(found, list):
+            yield from found
+        elif isinstance(group, Failure) or len(group) == 1:
+            yield found
+        else:
+            for read in group:
+                alone = compute([read])
+                yield alone if isinstance(alone, Failure) else alone[0]
+
+
+def _group(reads: Iterable[_Read | Failure], max_tokens: int) -> Iterator[list[_Read] | Failure]:
+    """Put together what follows each other and has at most `max_tokens` tiles in all."""
+    group: list[_Read] = []
+    size = 0
+    for read in reads:
+        tiles = 0 if isinstance(read, Failure) else sum(read.lengths)
+        if group and (isinstance(read, Failure) or size + tiles > max_tokens):
+            yield group
+            group, size = [], 0
+        if isinstance(read, Failure):
+            yield read
+        elif tiles >= max_tokens:
+            yield [read]
+        else:
+            group.append(read)
+            size += tiles
+    if group:
+        yield group
+
+
+def _too_large(read: _Read, store: Path, error: torch.OutOfMemoryError) -> Failure:
+    reason = f"{sum(read.lengths):,} tiles do not fit the memory ({_first_line(error)})"
+    remedy = "use a GPU with more memory, precision=bf16-mixed, or device=cpu"
+    return Failure(read.case[0], str(store), "memory", reason, remedy)
 
 
 def _read_ahead(
