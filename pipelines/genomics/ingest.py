@@ -30,7 +30,7 @@ from pipelines.genomics.formats import TABLES, Format
 from pipelines.genomics.genome import Ids, RawRecord, RecordError, read_raw_records
 from pipelines.genomics.ingest_report import Tally, notes_of
 from pipelines.genomics.letters import Reading
-from pipelines.genomics.opening import STDIN, Source
+from pipelines.genomics.opening import STDIN, Source, is_pipe
 from pipelines.genomics.progress import Progress
 from pipelines.genomics.sequence_tables import ROLES, Columns
 from pipelines.genomics.store import SCHEMA, SequenceStore, open_group, read_schema
@@ -115,6 +115,8 @@ def ingest(
     for any number. Raises InputError for what `read_records` refuses, where no record is left, and
     when the store cannot be written or something else stands in its place.
     """
+    if num_workers < 0:
+        raise InputError(f"num_workers is a number of threads, 0 for one a core; got {num_workers}")
     store = Path(store)
     if store.exists() and read_schema(store) is None:
         raise InputError(f"{store} exists and is no sequence store; remove it or name another")
@@ -221,11 +223,11 @@ class _Job:
         self.failures.append(Failure(name, error.file, "bad_record", error.problem, error.remedy))
 
     def checksum(self) -> dict[str, int | str] | None:
-        """Bytes and CRC32C of the file, or of the files of a folder; None for stdin.
+        """Bytes and CRC32C of the file, or of the files of a folder; None for a pipe.
 
         They tell whether the input has changed; what identifies the records is their digest.
         """
-        if str(self.sequences) == STDIN:
+        if is_pipe(self.sequences):
             return None
         path = Path(self.sequences)
         files = [part.path for part in list_parts(path)] if path.is_dir() else [path]

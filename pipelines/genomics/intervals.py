@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.genomics.lines import read_lines
+from pipelines.genomics.opening import refuse_pipe
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure
 
@@ -102,6 +103,7 @@ def read_intervals(
     remedy, for whatever is no interval.
     """
     path = Path(path)
+    refuse_pipe(path, "intervals")
     named = {role: name for role, name in (columns or {}).items() if name}
     unknown = sorted(set(named) - set(COLUMNS))
     if unknown:

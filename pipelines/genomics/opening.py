@@ -1,7 +1,7 @@
 """Files as unpacked bytes, from a path or from stdin; damage is said and never passed on.
 
 Gzip is told by its first bytes. Block gzip (BGZF, SAM specification, section 4.1) must end with its
-empty block: cut between two blocks it unpacks without an error.
+empty block: cut between two blocks it unpacks without an error. Of a pipe, the end is seen last.
 """
 
 import gzip
@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from isal import igzip, isal_zlib
 
@@ -33,12 +33,14 @@ class Source:
         self.name = name
         """The path, or `stdin`: what messages say."""
         self.size = size
-        """Bytes of the file as it is stored; None for stdin."""
+        """Bytes of the file as it is stored; None for stdin and other pipes."""
         self._raw = raw
         head = raw.peek(18)
         self.compression = _compression(head)
         """`none`, `gzip` or `bgzf`."""
-        if self.compression == "bgzf" and size is not None:
+        if self.compression == "bgzf" and isinstance(raw.raw, _Pipe):
+            raw.raw.expected_end = _BGZF_END
+        elif self.compression == "bgzf":
             self._check_bgzf_end()
         packed = self.compression != "none"
         unpacked = igzip.IGzipFile(fileobj=raw, mode="rb") if packed else raw
@@ -64,6 +66,26 @@ class Source:
             )
 
 
+class _Pipe(io.RawIOBase):
+    """What can be read only once; raises EOFError where it does not end as expected."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._end = b""
+        self.expected_end = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # the type of a buffer has no name in Python 3.11
+        block = self._stream.read(len(buffer))
+        if not block and not self._end.endswith(self.expected_end):
+            raise EOFError("the end marker is missing")
+        buffer[: len(block)] = block
+        self._end = (self._end + block)[-len(_BGZF_END) :]
+        return len(block)
+
+
 @contextmanager
 def open_source(path: str | Path, *, wanted: str = "a file of sequences") -> Iterator[Source]:
     """Open a file, or stdin for `-`, for reading its unpacked bytes.
@@ -72,11 +94,7 @@ def open_source(path: str | Path, *, wanted: str = "a file of sequences") -> Ite
     empty, not readable, or block gzip that was cut short.
     """
     if str(path) == STDIN:
-        raw = io.BufferedReader(cast(io.RawIOBase, sys.stdin.buffer), _BUFFER_BYTES)
-        try:
-            yield _checked(Source("stdin", raw, size=None), wanted)
-        finally:
-            raw.detach()
+        yield _checked(Source("stdin", _piped(sys.stdin.buffer), size=None), wanted)
         return
     path = Path(path)
     _require_file(path, wanted)
@@ -85,8 +103,29 @@ def open_source(path: str | Path, *, wanted: str = "a file of sequences") -> Ite
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check its rights") from error
     with handle:
-        size = path.stat().st_size
-        yield _checked(Source(str(path), cast(io.BufferedReader, handle), size=size), wanted)
+        if path.is_file():
+            file, size = cast(io.BufferedReader, handle), path.stat().st_size
+            yield _checked(Source(str(path), file, size=size), wanted)
+        else:
+            yield _checked(Source(str(path), _piped(handle), size=None), wanted)
+
+
+def is_pipe(path: str | Path) -> bool:
+    """Tell stdin, named pipes and a shell's `<(command)`: what can be read only once."""
+    path = Path(path)
+    return str(path) == STDIN or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def refuse_pipe(path: str | Path, setting: str) -> None:
+    """Raise InputError for a pipe where the file is read more than once."""
+    if is_pipe(path):
+        raise InputError(
+            f"{setting}={path} is a pipe, and is read more than once; save it as a file"
+        )
+
+
+def _piped(stream: BinaryIO) -> io.BufferedReader:
+    return io.BufferedReader(_Pipe(stream), _BUFFER_BYTES)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pipelines.genomics.alphabet import NUM_BASES
 from pipelines.genomics.data import cut_windows
 from pipelines.genomics.ingest import provide_store
 from pipelines.genomics.intervals import COLUMNS, Part, read_intervals
+from pipelines.genomics.opening import refuse_pipe
 from pipelines.genomics.placing import PAST_END, Placed, fetch, place, whole_records
 from pipelines.genomics.sequence_tables import ROLES
 from pipelines.genomics.store import SequenceStore
@@ -139,6 +140,7 @@ def check_variants(config: Mapping[str, Any]) -> None:
 
 def require_file(config: Mapping[str, Any], key: str) -> None:
     """Raise InputError unless the setting names a file."""
+    refuse_pipe(config[key], key)
     if not Path(config[key]).is_file():
         raise InputError(f"{key}={config[key]}: no such file; check the path")
 

@@ -5,8 +5,10 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import struct
 import sys
+import threading
 
 import numpy as np
 import openpyxl
@@ -204,6 +206,50 @@ def test_stdin(tmp_path, monkeypatch, packed):
     content = gzip.compress(FASTA.encode()) if packed else FASTA.encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert contents(ingest("-", tmp_path / "store")) == MASKED
+
+
+def blocks(path):
+    """The blocks of a block gzip file; the last one is the end marker."""
+    packed, parts = path.read_bytes(), []
+    while packed:
+        size = struct.unpack("<H", packed[16:18])[0] + 1
+        parts.append(packed[:size])
+        packed = packed[size:]
+    return parts
+
+
+def test_block_gzip_from_stdin_must_be_whole(tmp_path, monkeypatch):
+    text = "".join(f">r{number}\n{'ACGTTGCA' * 20}\n" for number in range(2000))
+    with bgzf.open(str(tmp_path / "x"), "wb") as file:
+        file.write(text.encode())
+    parts = blocks(tmp_path / "x")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"".join(parts))))
+    assert len(ingest("-", tmp_path / "whole")) == 2000
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"".join(parts[:3]))))
+    with pytest.raises(InputError, match="stdin: gzip data cut short"):
+        ingest("-", tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+def test_a_named_pipe_is_read_once(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    writer = threading.Thread(target=pipe.write_bytes, args=(FASTA.encode(),))
+    writer.start()
+    assert contents(ingest(pipe, tmp_path / "store")) == MASKED
+    writer.join()
+
+
+@pytest.mark.parametrize("verb", ["export", "inspect", "split"])
+def test_intervals_from_a_pipe_are_refused(tmp_path, verb, capsys):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    given = [f"sequences={put(tmp_path / 'x.fa', FASTA)}", f"intervals={pipe}"]
+    assert main([verb, *given, f"out={tmp_path / 'out'}"]) == 2
+    assert f"intervals={pipe} is a pipe" in capsys.readouterr().err
+
+
+def test_fewer_than_no_threads_are_refused(tmp_path):
+    with pytest.raises(InputError, match="num_workers"):
+        ingest(put(tmp_path / "x.fa", FASTA), tmp_path / "s", num_workers=-1)
 
 
 records = st.lists(
