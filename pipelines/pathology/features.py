@@ -276,8 +276,8 @@ def _failed(job: Job, reason: str, remedy: str) -> Failure:
 
 
 def _extract(job: Job, pool: TilePool, *, show_tiles: bool) -> SlideReport:
-    provenance = job.provenance()
-    with open_slide(job.slide.path, mpp=job.mpp) as slide:
+    with open_slide(job.slide.path, mpp=job.mpp) as slide:  # says best what is wrong with a file
+        provenance = job.provenance()
         pool.prepare(_foreseen_tiles(slide, job.plan))
         shared = tiles_of_others(job, provenance)
         tiles = shared or choose_tiles(job, slide, provenance)

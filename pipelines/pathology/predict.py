@@ -49,6 +49,9 @@ def predict(config: dict[str, Any]) -> int:
             "keep_features=false removes the features that predict makes, and features= names a "
             "store that holds others too; leave one of the two out"
         )
+    for key, least in (("max_tokens", 1), ("top_tiles", 0)):
+        if config[key] < least:
+            raise InputError(f"{key} must be at least {least}; got {config[key]}")
     model = load_model(ckpt, task=TASK)
     if config["device"].startswith("cuda") and not torch.cuda.is_available():
         raise InputError("device=cuda: no GPU is found here; use device=cpu")

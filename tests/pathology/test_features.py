@@ -1,5 +1,6 @@
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -334,6 +335,18 @@ def test_processes_give_the_same_features_in_the_same_order(tissue_slide, tmp_pa
 def test_progress_is_plain_lines_without_a_terminal(tissue_slide, tmp_path, capsys):
     extract(tissue_slide.parent, tmp_path / "store", progress=True)
     assert capsys.readouterr().err == "features: 1/1 slides, 0 s\n"
+
+
+def test_a_listed_slide_that_is_not_there_is_told_from_a_full_disk(tissue_slide, tmp_path):
+    listed = find_slides(tissue_slide.parent)
+    gone = replace(listed[0], slide_id="gone", path=tissue_slide.with_name("gone.svs"))
+    report = extract_features(
+        [*listed, gone], store=tmp_path / "store", plan=PLAN, encoder=Spy(), workers=1,
+        progress=False,
+    )  # fmt: skip
+    assert report.done == ["tissue"]
+    assert [(failure.id, failure.status) for failure in report.failures] == [("gone", "no_file")]
+    assert "correct the path" in report.failures[0].remedy
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root reads everything")

@@ -114,6 +114,13 @@ def test_slides_cannot_be_predicted_by_an_encoder_that_is_not_here(
     assert "features=FOLDER" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["max_tokens=0", "top_tiles=-1"])
+def test_numbers_that_predict_cannot_use_are_refused(trained, imported, tmp_path, capsys, setting):
+    given = [f"features={imported / 'features'}", f"ckpt={trained / 'model.ckpt'}", setting]
+    assert run("predict", *given, f"out={tmp_path / 'out'}") == 2
+    assert f"error: {setting.split('=')[0]} must be at least" in capsys.readouterr().err
+
+
 def test_features_of_two_kinds_are_not_mixed(tmp_path):
     one = make_bag(tmp_path, 30, num_features=3, seed=0)
     two = make_bag(tmp_path, 40, num_features=4, seed=0)
