@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int64
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import LETTERS, NUM_TOKENS
@@ -234,16 +235,22 @@ def _groups(collection: Collection) -> _Groups:
 
 
 def _draw_lengths(lengths: Int64[ndarray, "S"], groups: _Groups) -> Figure:
-    low, high = int(lengths.min(initial=1)), int(lengths.max(initial=1))
+    low, high = (int(lengths.min()), int(lengths.max())) if lengths.size else (1, 1)
     wide = high > 20 * max(low, 1)
     if wide:
         edges = np.geomspace(max(low, 1), high + 1, _BINS)
     else:
-        edges = np.linspace(low - 0.5, high + 0.5, min(_BINS, high - low + 2))
+        step = -(-(high - low + 1) // (_BINS - 1))  # whole bases, or bins hold more by turns
+        edges = np.arange(low, high + step + 1, step) - 0.5
     figure = _histogram(lengths, edges, groups, "bases")
+    axes = figure.axes[0]
     if wide:
-        figure.axes[0].set_xscale("log")
-    figure.axes[0].xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xscale("log")
+    else:
+        margin = max(2, (high - low) // 20)
+        axes.set_xlim(edges[0] - margin, edges[-1] + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
@@ -261,7 +268,7 @@ def _histogram(values: ndarray, edges: ndarray, groups: _Groups, label: str) -> 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     colours = dict(zip(dict.fromkeys(name for _, name in groups), COLOURS * 8, strict=False))
-    for (split, name), rows in groups.items():
+    for place, ((split, name), rows) in enumerate(groups.items()):
         of = values[rows].astype(float)
         counts = np.histogram(of[~np.isnan(of)], bins=edges)[0]
         axes.stairs(
@@ -270,7 +277,7 @@ def _histogram(values: ndarray, edges: ndarray, groups: _Groups, label: str) -> 
             label=f"{name} {split} ({rows.size:,})".strip(),
             color=colours[name],
             linestyle=_LINES.get(split, "-"),
-            linewidth=1.4,
+            linewidth=1.2 + 2 * (len(groups) - 1 - place) / len(groups),  # none hides another
         )
     axes.set_xlabel(label)
     axes.set_ylabel("items, %")

@@ -8,6 +8,7 @@ import pytest
 
 from pipelines.genomics.__main__ import main
 from pipelines.genomics.alphabet import decode, encode, reverse_complement
+from pipelines.genomics.inspecting import _draw_lengths
 
 
 def run(*arguments):
@@ -163,6 +164,21 @@ def test_a_report_is_written(families, tmp_path, capsys):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert run("inspect", *families, splits, f"out={out}") == 0
     assert "holds this report already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("low", "high"), [(300, 300), (298, 303), (71, 593), (14_935, 28_757)])
+def test_lengths_are_drawn_where_they_are(low, high):
+    lengths = np.linspace(low, high, 500).astype(int)
+    groups = {("train", "0"): np.arange(250), ("train", "1"): np.arange(250, 500)}
+    axes = _draw_lengths(lengths, groups).axes[0]
+    left, right = axes.get_xlim()
+    assert left < low <= high < right
+    assert right - left < 1.3 * (high - low) + 6
+    for curve in axes.patches:
+        values, edges, _ = curve.get_data()
+        assert values.sum() == pytest.approx(100)
+        assert len(set(np.diff(edges))) == 1
+        assert np.diff(edges)[0] % 1 == 0
 
 
 @pytest.mark.real_data
