@@ -24,6 +24,9 @@ FLEX, FLEX_OUR_ORDER, FLEX_AUTOTUNED = "flex", "flex in our order", "flex max-au
 CUDNN, FLASH = "cudnn", "flash"
 SDPA = {CUDNN: SDPBackend.CUDNN_ATTENTION, FLASH: SDPBackend.FLASH_ATTENTION}
 
+SMALL_MASK = 2**15
+"""Tokens up to which Flex's mask is made without compiling: at 16,384 that took three minutes."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -139,7 +142,9 @@ def _block_mask(mod: MaskMod, tokens: int, device: torch.device) -> BlockMask:
     with warnings.catch_warnings():
         # newer versions compile without being told, and say so
         warnings.simplefilter("ignore", DeprecationWarning)
-        return create_block_mask(mod, None, None, tokens, tokens, device=device, _compile=True)
+        return create_block_mask(
+            mod, None, None, tokens, tokens, device=device, _compile=tokens > SMALL_MASK
+        )
 
 
 def _visited_by_flex(mask: BlockMask) -> int:
