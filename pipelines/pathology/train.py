@@ -37,6 +37,8 @@ def train(config: dict[str, Any]) -> int:
     check_baselines(config["baselines"], BASELINES)
     check_task(config)
     Augmentation(**config["augment"])
+    if config["heatmaps"] < 0:
+        raise InputError(f"heatmaps must not be negative; got {config['heatmaps']}")
     settings = FitSettings.from_config(config)
     require_device(settings)
     if config["features"] and config["labels"] and not config["slides"]:

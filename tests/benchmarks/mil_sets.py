@@ -163,11 +163,11 @@ def table(rows: list[dict]) -> str:
     found = pd.DataFrame(rows)
     for (name, model), group in found.groupby(["set", "model"]):
         means = group["accuracies"].map(np.mean)
-        error = means.std() / np.sqrt(len(means)) if len(means) > 1 else float("nan")
+        error = f"{means.std() / np.sqrt(len(means)):.3f}" if len(means) > 1 else "-"
         spread = np.std(np.concatenate(group["accuracies"].tolist()))
         value, half = PUBLISHED[name]
         lines.append(
-            f"| {name} | {model} | {means.mean():.3f} | {error:.3f} | {len(means)} | "
+            f"| {name} | {model} | {means.mean():.3f} | {error} | {len(means)} | "
             f"{spread:.3f} | {value:.3f} +- {half:.3f} |"
         )
     return "\n".join(lines)

@@ -218,6 +218,7 @@ BAD = {
     ),
     "unit": (["columns.label=kind", "unit=person"], "slide or patient"),
     "score": (["columns.label=kind", "callbacks.select=r2"], "score is auroc"),
+    "heatmaps": (["columns.label=kind", "heatmaps=-1"], "heatmaps must not be negative"),
 }
 
 
