@@ -22,7 +22,7 @@ VERBS = {
         ),
     ),
     "train": Verb(
-        summary="Train a sequence classifier on your sequences, or on built-in DNA, and score it.",
+        summary="Train a network on sequences (classes, labels, numbers, tracks) and score it.",
         config="genomics_train",
         function="pipelines.genomics.train:train",
         path_keys=(*_TRAINING_PATHS, "data_root", "pretrained"),
@@ -34,6 +34,9 @@ VERBS = {
             "sequences=RECORDS.fa.gz labels=LABELS.tsv out=runs/mine",
             "pattern=bigbird model=base",
             "--multirun pattern=dense,sliding_window",
+            "sequences=TABLE.csv columns.label=VALUE task=regression",
+            "sequences=RECORDS.fa labels=TABLE.csv task=multilabel task.columns=[A,B]",
+            "sequences=GENOME.fa splits=splits.tsv task=tracks task.files=[a.bw,b.bedgraph]",
             "sequences=GENOMES.fa labels=LABELS.tsv experiment=whole_genomes",
             "sequences=POOL.fa.gz labels=TASKS.tsv.gz columns.id=record_id where.task=Vertebrates",
         ),

@@ -148,7 +148,7 @@ def report(
     }
     found = assess(models, attributes=attributes, **settings)
     rows = "stretches" if found.task == "tracks" else "records"
-    clean, said = _without_leaks(models, leaking, settings, rows)
+    clean, said = _without_leaks(models, leaking, {**settings, "attributes": attributes}, rows)
     groups = rows if found.task == "tracks" else "groups of records"
     words = Words(rows, groups, _titles(run, found))
     write_report(
@@ -158,7 +158,7 @@ def report(
         words=words,
         facts={"run": str(run), **_facts(run)},
         notes=[said],
-        beside={} if clean is None else {f"Scores without leaking test {rows}": clean},
+        beside={} if clean is None else {f"without leaking test {rows}": clean},
     )
     parts = [summarise(found, words), said]
     if clean is not None:

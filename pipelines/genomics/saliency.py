@@ -229,6 +229,8 @@ def draw_logos(path: Path, item: Mapped, positions: Int64[ndarray, "K"], *, titl
         Logo(pd.DataFrame(heights, index=shown + 1, columns=list("ACGT")), ax=axes)
         axes.axhline(0, color="0.6", linewidth=0.5)
         axes.set_ylabel(kind)
+        axes.set_xlim(shown[0] + 0.5, shown[-1] + 1.5)
+        axes.margins(y=0.05)
     figure.axes[0].set_title(title)
     figure.axes[-1].set_xlabel("base")
     path.parent.mkdir(parents=True, exist_ok=True)

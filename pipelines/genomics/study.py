@@ -286,12 +286,18 @@ class Study:
         (self.out / "summary.txt").write_text(summary, encoding="utf-8")
         metrics = self._metrics(results)
         tokens = {"tokenizer": self.tokenizer.config, "context": self.config["context"],
-                  "strands": self.config["rc"]}  # fmt: skip
+                  "strands": self.config["rc"], "stem": self._stem()}  # fmt: skip
         write_model_card(self.out, metrics, tokens=tokens)
         finish_run(self.out, metrics)
         print(f"\n{summary}")
         if failures:
             print(f"{len(failures):,} without a partner: {self.out / 'failures.csv'}")
+
+    def _stem(self) -> str:
+        kernel, stride = self.config["kernel"], self.config["stem_stride"]
+        if self.tokenizer.config["kind"] != "base" or self.config["stem"] == "none":
+            return "none, tokens are embedded one by one"
+        return f"convolution over {kernel} bases, a token of each {stride}"
 
     def _predictions(self, result: Result) -> pd.DataFrame:
         """Return predictions of every held-out record."""

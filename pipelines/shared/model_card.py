@@ -75,16 +75,18 @@ def _network(config: Mapping[str, Any], tokens: Mapping[str, object]) -> list[st
 
 def _scores(metrics: Mapping[str, Any]) -> list[str]:
     """Table of the model and its baselines, with intervals."""
-    scores: Mapping[str, Mapping[str, Mapping[str, Any]]] = metrics.get("scores") or {}
+    lines = _score_table(metrics, "scores", "Test rows of this run, 95 % intervals by bootstrap:")
+    without = "Without the test rows that stand in train or validation too:"
+    more = _score_table(metrics, "scores_without_leaks", without)
+    return [*lines, "", *more] if more else lines
+
+
+def _score_table(metrics: Mapping[str, Any], key: str, title: str) -> list[str]:
+    scores: Mapping[str, Mapping[str, Mapping[str, Any]]] = metrics.get(key) or {}
     if not scores:
         return []
     names = list(dict.fromkeys(name for row in scores.values() for name in row))
-    lines = [
-        "Test rows of this run, 95 % intervals by bootstrap:",
-        "",
-        "| | " + " | ".join(scores) + " |",
-        "|---|" + "---|" * len(scores),
-    ]
+    lines = [title, "", "| | " + " | ".join(scores) + " |", "|---|" + "---|" * len(scores)]
     for name in names:
         cells = [
             format_score(Score(**row[name])) if name in row else "-" for row in scores.values()

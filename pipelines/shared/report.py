@@ -1,9 +1,10 @@
 """The report of an assessment: a page that holds everything itself, and lines for a terminal."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -79,6 +80,13 @@ def summarise(found: Assessment, words: Words) -> str:
             f"external test, {found.external.count:,} {words.rows}, ensembles of the folds\n"
             + format_table(outside, names=names)
         )
+    if len(next(iter(found.by_fold.values()))[names[0]]) > 1:
+        rows = [["standard deviation over the folds", *(TITLES[name] for name in names)]]
+        rows += [
+            [words.title(model), *(_plain(spread_over_folds(scores[name])) for name in names)]
+            for model, scores in found.by_fold.items()
+        ]
+        parts.append(align(rows))
     if found.by_target:
         table = _target_table(found, words)
         cells = [[cell.replace(NO_BREAK, " ") for cell in row] for row in table.rows]
@@ -113,8 +121,9 @@ def write_report(
 ) -> None:
     """Write the page aside and rename it: tables and figures, no script, nothing from elsewhere.
 
-    `facts` are shown at the top, `notes` at the end. `beside` holds further assessments of the same
-    models, such as of a part of the rows: tables of their scores stand behind the first ones.
+    `facts` are shown at the top, `notes` at the end. `beside` holds assessments of the same models
+    on a part of the rows, by what it is ("without leaking test records"): tables of their scores,
+    differences and subgroups stand behind the first ones.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
@@ -135,18 +144,12 @@ def write_report(
 
 def _tables(found: Assessment, words: Words, beside: Mapping[str, Assessment]) -> list[Table]:
     tables = [_score_table("Scores", found.scores, words)]
-    tables += [_score_table(title, other.scores, words) for title, other in beside.items()]
-    if found.differences:
-        reference = words.title(str(found.reference))
-        lower = [
-            TITLES[name] for name in found.scores[str(found.reference)] if name in LOWER_IS_BETTER
-        ]
-        note = f"Below zero is better for {', '.join(lower)}." if lower else ""
-        tables.append(
-            _score_table(
-                f"Difference to {reference}", found.differences, words, signed=True, note=note
-            )
-        )
+    tables += [
+        _score_table(f"Scores {part}", other.scores, words) for part, other in beside.items()
+    ]
+    tables += _difference_tables(found, words)
+    for part, other in beside.items():
+        tables += _difference_tables(other, words, part=f" {part}")
     if found.external is not None:
         count = f"{found.external.count:,} {words.rows}"
         tables.append(
@@ -173,9 +176,21 @@ def _tables(found: Assessment, words: Words, beside: Mapping[str, Assessment]) -
         tables.append(Table("Thresholds", ["model", f"probability of {found.classes[1]}"], rows))
     if found.by_target:
         tables += [_target_table(found, words), _each_target_table(found, words)]
-    tables += [_subgroup_table(column, found, words) for column in found.subgroups]
+    for part, other in {"": found, **beside}.items():
+        tables += [_subgroup_table(column, other, words, part) for column in other.subgroups]
     tables.append(_fold_table(found, words))
     return tables
+
+
+def _difference_tables(found: Assessment, words: Words, *, part: str = "") -> list[Table]:
+    """Differences to the reference, if there is one; `part` says of which rows."""
+    if not found.differences:
+        return []
+    reference = str(found.reference)
+    lower = [TITLES[name] for name in found.scores[reference] if name in LOWER_IS_BETTER]
+    note = f"Below zero is better for {', '.join(lower)}." if lower else ""
+    title = f"Difference to {words.title(reference)}{part}"
+    return [_score_table(title, found.differences, words, signed=True, note=note)]
 
 
 def _score_table(
@@ -195,14 +210,14 @@ def _score_table(
     return Table(title, ["", *(words.title(model) for model in scores)], rows, note)
 
 
-def _subgroup_table(column: str, found: Assessment, words: Words) -> Table:
+def _subgroup_table(column: str, found: Assessment, words: Words, part: str) -> Table:
     name = HEADLINES[found.task][0]
     rows = [
         [value, f"{group.count:,}", *(_cell(s[name]) for s in group.scores.values())]
         for value, group in found.subgroups[column].items()
     ]
     header = [column, words.rows, *(words.title(model) for model in found.scores)]
-    return Table(f"{TITLES[name]} by {column}", header, rows)
+    return Table(f"{TITLES[name]} by {column} {part}".rstrip(), header, rows)
 
 
 def _target_table(found: Assessment, words: Words) -> Table:
@@ -239,8 +254,16 @@ def _fold_table(found: Assessment, words: Words) -> Table:
         [str(number), f"{count:,}", *(_plain(values[number]) for values in each.values())]
         for number, count in enumerate(counts)
     ]
+    if len(counts) > 1:
+        rows.append(["spread", "", *(_plain(spread_over_folds(v)) for v in each.values())])
     header = ["fold", words.rows, *(words.title(model) for model in each)]
     return Table(f"{TITLES[name]} by fold", header, rows)
+
+
+def spread_over_folds(values: Sequence[float | None]) -> float | None:
+    """Standard deviation of a score over the folds (n - 1); None of fewer than two."""
+    known = [value for value in values if value is not None]
+    return stdev(known) if len(known) > 1 else None
 
 
 def _pictures(found: Assessment, words: Words) -> list[Picture]:

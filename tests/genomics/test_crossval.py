@@ -61,10 +61,15 @@ def test_every_seed_is_scored_with_and_without_leaks(finished: Path) -> None:
     wanted = {"auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "mcc", "brier", "ece"}
     assert set(metrics["scores"]["model"]) == wanted
     assert set(metrics["differences"]) == {"model", "majority", "cnn"}
+    card = (finished / "fold_0" / "model_card.md").read_text()
+    assert "stand in train or validation too" in card
+    assert "stem: convolution over 11 bases, a token of each 1" in card
     summary = (finished / "summary.txt").read_text()
+    assert "standard deviation over the folds" in summary
     assert "10 of 40 test records stand in train or validation too" in summary
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "Scores without leaking test records" in page
+    assert "Difference to 4-mer logistic regression without leaking test records" in page
     assert "convolutions (Genomic Benchmarks)" in page
     seeds = [json.loads((finished / f"fold_{n}" / "metrics.json").read_text()) for n in (0, 1)]
     assert seeds[0]["scores"]["model"] != seeds[1]["scores"]["model"]

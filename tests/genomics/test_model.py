@@ -168,6 +168,24 @@ def test_a_convolution_says_the_same_alone_and_filled_up():
     assert (alone - probabilities(found, strings)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "Hierarchical(cell=8, near=1, factor=2) | GlobalTokens(first=2)",
+        "Routed(block=16, top=2, near=1) | GlobalTokens(first=2)",
+        "DilatedSegments(segment=16) + DilatedSegments(segment=64, dilation=2)",
+    ],
+    ids=lambda text: text.split("(")[0],
+)
+def test_patterns_that_pool_route_and_mix_are_packed_alike(pattern):
+    found, strings = network("average", pattern=pattern, depth=2), texts(12, high=300)
+    alone = torch.cat([probabilities(found, [text]) for text in strings])
+    assert (alone - probabilities(found, strings)).abs().max() <= 1e-5
+    assert (alone - probabilities(found, strings[::-1]).flip(0)).abs().max() <= 1e-5
+    turned_around = probabilities(found, map(turned, strings))
+    assert (turned_around - probabilities(found, strings)).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("rc", sorted(PATTERNS))
 @pytest.mark.parametrize("stem", ["convolution", "none"])
 def test_no_gradient_crosses_packed_records(rc, stem):

@@ -22,6 +22,7 @@ def test_the_card_says_what_the_run_recorded(tmp_path: Path) -> None:
         "test_rows": 1200,
         "failures": 2,
         "scores": {"model": {"auroc": score}, "abmil": {"auroc": undefined}},
+        "scores_without_leaks": {"model": {"auroc": {**score, "value": 0.85}}},
     }
     (tmp_path / "model.ckpt").write_bytes(b"weights")
 
@@ -37,7 +38,7 @@ def test_the_card_says_what_the_run_recorded(tmp_path: Path) -> None:
         "- pattern: expression Dense()", "- plan hash: 0a1b", "- epochs: 7",
         "| AUROC | 0.900 [0.800, 0.950] | - (no example of class b) |",
         "- Undefined: auroc of abmil: no example of class b", "One split", "2 items were left out",
-        "_to be filled in",
+        "_to be filled in", "stand in train or validation too", "| AUROC | 0.850 [0.800, 0.950] |",
     ):  # fmt: skip
         assert words in text
     assert "sha256 " in text

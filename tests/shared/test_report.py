@@ -6,7 +6,13 @@ import pytest
 
 from pipelines.shared.assessment import Assessment, assess
 from pipelines.shared.metrics import ClassPredictions, JointPredictions
-from pipelines.shared.report import NO_BREAK, Words, summarise, write_report
+from pipelines.shared.report import (
+    NO_BREAK,
+    Words,
+    spread_over_folds,
+    summarise,
+    write_report,
+)
 from pipelines.shared.saved_predictions import read_parts
 from tests.shared.tables_of_predictions import (
     write_classes,
@@ -111,3 +117,24 @@ def test_the_terminal_shows_models_differences_and_subgroups(found: Assessment) 
     assert "external test, 8 slides" in text
     assert "AUROC by site" in text
     assert "ECE after temperature" in text
+    assert "standard deviation over the folds" in text
+
+
+def test_a_part_of_the_rows_stands_beside_with_all_its_tables(
+    found: Assessment, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.html"
+    write_report(
+        path, found, title="t", words=WORDS, facts={}, notes=[], beside={"of the north": found}
+    )
+    page = path.read_text(encoding="utf-8")
+    for words in (
+        "Scores of the north", "Difference to abmil of the north", "AUROC by site of the north",
+    ):  # fmt: skip
+        assert words in page
+
+
+def test_the_spread_is_that_of_the_folds(found: Assessment) -> None:
+    areas = [value or 0 for value in found.by_fold["model"]["auroc"]]
+    assert spread_over_folds(areas) == pytest.approx(np.std(areas, ddof=1))
+    assert spread_over_folds([0.5, None]) is None
