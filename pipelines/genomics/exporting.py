@@ -47,7 +47,8 @@ def export(config: dict[str, Any]) -> int:
     if type(config["line_width"]) is not int or config["line_width"] < 0:
         raise InputError(f"line_width is 0 or more letters; got {config['line_width']!r}")
     out = Path(config["out"])
-    make_folder(out)
+    if not config["dry_run"]:
+        make_folder(out)
     store = open_store(config, out)
     if config["variants"]:
         return _export_variants(config, out, store)

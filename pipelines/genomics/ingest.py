@@ -5,6 +5,7 @@ interrupted, killed too, leaves nothing that matters; the same command starts an
 its store made from equal bytes with equal settings ends at once.
 """
 
+import atexit
 import getpass
 import hashlib
 import json
@@ -81,7 +82,8 @@ def provide_store(
 ) -> SequenceStore:
     """Return the store that a verb works on, made first where it is missing.
 
-    `sequences` is ingested into `store`, or into OUT/store; `store` alone is taken as it is. With
+    `sequences` is ingested into `store`, or into OUT/store; `store` alone is taken as it is. In a
+    dry run what is missing goes to a temporary folder that ends with the process. With
     `with_labels`, labels that stand beside the sequences are taken along. Raises InputError for
     what `ingest` refuses.
     """
@@ -96,8 +98,15 @@ def provide_store(
             config["store"] or out / "store",
             reading=Reading.from_config(config["reading"]),
             columns=Columns(names, config.get("where", {}) if with_labels else {}),
+            elsewhere=_temporary() if config.get("dry_run") else None,
         )
     return store
+
+
+def _temporary() -> Path:
+    folder = tempfile.mkdtemp(prefix="gigasparse-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / "store"
 
 
 def ingest(
@@ -108,12 +117,14 @@ def ingest(
     columns: Columns | None = None,
     num_workers: int = 0,
     progress: bool = True,
+    elsewhere: Path | None = None,
 ) -> SequenceStore:
     """Write the records of a file, a folder or stdin into a store, or reuse an equal one.
 
     `num_workers` threads pack and write (0: one per core, at most eight); the store is the same
-    for any number. Raises InputError for what `read_records` refuses, where no record is left, and
-    when the store cannot be written or something else stands in its place.
+    for any number. With `elsewhere`, `store` is only reused, and a new one written there. Raises
+    InputError for what `read_records` refuses, where no record is left, and when the store cannot
+    be written or something else stands in its place.
     """
     if num_workers < 0:
         raise InputError(f"num_workers is a number of threads, 0 for one a core; got {num_workers}")
@@ -127,6 +138,7 @@ def ingest(
         if store.exists() and _is_current(store, job.checksum(), job.settings):
             records.close()
             return SequenceStore(store)
+        store = elsewhere or store
         aside, outdated = _beside(store, "partial"), _beside(store, "old")
         for stale in (aside, outdated):
             shutil.rmtree(stale, ignore_errors=True)

@@ -88,11 +88,12 @@ def inspect(config: dict[str, Any]) -> int:
     if collections is None and not config["intervals"]:
         require_input(config)
     out = Path(config["out"])
-    make_folder(out)
-    if not config["dry_run"] and open_run(out, config) is RunState.FINISHED:
-        print((out / "report.txt").read_text(encoding="utf-8"))
-        print(f"{out} holds this report already; give another out= to inspect again")
-        return 0
+    if not config["dry_run"]:
+        make_folder(out)
+        if open_run(out, config) is RunState.FINISHED:
+            print((out / "report.txt").read_text(encoding="utf-8"))
+            print(f"{out} holds this report already; give another out= to inspect again")
+            return 0
     if collections is None:
         collection = collect(config, out, require_labels=False)
         collections = {"": collection}

@@ -83,7 +83,8 @@ class ModelRun:
         self._task: Any = model.metadata.get("task")
         self.context: int = model.metadata["context"]  # type: ignore[assignment]
         self.overlap: int = model.metadata.get("overlap", 0)  # type: ignore[assignment]
-        make_folder(self.out)
+        if not config["dry_run"]:
+            make_folder(self.out)
         self.store = open_store(config, self.out)
 
     @cached_property

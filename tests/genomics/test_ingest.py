@@ -247,6 +247,18 @@ def test_intervals_from_a_pipe_are_refused(tmp_path, verb, capsys):
     assert f"intervals={pipe} is a pipe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["export", "inspect", "split"])
+def test_a_dry_run_leaves_nothing(tmp_path, verb):
+    given = [f"sequences={put(tmp_path / 'x.fa', FASTA)}", f"out={tmp_path / 'out'}"]
+    assert main([verb, *given, "dry_run=true"]) == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.fa"]
+    store = ingest(tmp_path / "x.fa", tmp_path / "out" / "store")
+    written = (store.path / "zarr.json").stat().st_mtime_ns
+    assert main([verb, *given, "dry_run=true", "reading.min_length=2"]) == 0
+    assert main([verb, *given, "dry_run=true"]) == 0
+    assert (store.path / "zarr.json").stat().st_mtime_ns == written
+
+
 def test_fewer_than_no_threads_are_refused(tmp_path):
     with pytest.raises(InputError, match="num_workers"):
         ingest(put(tmp_path / "x.fa", FASTA), tmp_path / "s", num_workers=-1)
