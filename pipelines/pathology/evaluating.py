@@ -143,7 +143,9 @@ def write_assessment(
     per_patient = config["score_by"] == "patient"
     words = Words("patients" if per_patient else "slides", "patients", _titles(run, found))
     notes = []
-    if per_patient:
+    if per_patient and _recorded(run).get("unit") == "patient":
+        notes.append("A patient's slides are one sequence with one prediction.")
+    elif per_patient:
         notes.append("A patient's prediction is the mean over the patient's slides.")
     facts = {"run": str(run), **_facts(run, config)}
     write_report(out / "report.html", found, title=title, words=words, facts=facts, notes=notes)

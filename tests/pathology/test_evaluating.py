@@ -62,6 +62,14 @@ def test_a_run_is_scored_by_patient_with_subgroups(
     assert "holds this finished evaluation" in capsys.readouterr().out
 
 
+def test_a_report_says_how_a_patients_slides_were_joined(folds: Path, tmp_path: Path) -> None:
+    (folds / "config.yaml").write_text("unit: patient\n")
+    assert run(f"run={folds}", f"out={tmp_path / 'out'}") == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "slides are one sequence" in page
+    assert "mean over the patient" not in page
+
+
 def test_slides_are_scored_with_intervals_over_patients(folds: Path, tmp_path: Path) -> None:
     labels, out = _labels(tmp_path / "labels.csv"), tmp_path / "out"
 
