@@ -233,7 +233,10 @@ def _label(collection: Collection, config: Mapping[str, Any]) -> Collection:
     several = task.get("columns") and LabelSets(
         tuple(task["columns"]), task["separator"], task["none"]
     )
-    table = read_label_table(path, columns=names, where=where, sets=several or None)
+    numbers = task.get("name") == "regression"
+    table = read_label_table(
+        path, columns=names, where=where, sets=several or None, numbers=numbers
+    )
     notes = []
     if mapped := [f"{role} is {name!r}" for role, name in names.items() if name != role]:
         notes.append(f"{path.name}: {', '.join(mapped)}")

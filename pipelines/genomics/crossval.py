@@ -8,7 +8,13 @@ from typing import Any
 import pandas as pd
 
 from pipelines.genomics.collection import Collection, collect
-from pipelines.genomics.evaluating import read_attributes, read_leaks, read_models, report
+from pipelines.genomics.evaluating import (
+    check_scoring,
+    read_attributes,
+    read_leaks,
+    read_models,
+    report,
+)
 from pipelines.genomics.splitting import (
     assign,
     check_policy,
@@ -70,6 +76,7 @@ def crossval(config: dict[str, Any]) -> int:
 
 def _check(config: dict[str, Any]) -> None:
     check_training(config)
+    check_scoring(config)
     check_policy(config["overlap"])
     if config["scheme"] not in SCHEMES:
         raise InputError(f"scheme is {', '.join(SCHEMES)}; got {config['scheme']!r}")

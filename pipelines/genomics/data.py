@@ -252,13 +252,14 @@ def read_label_table(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, object] | None = None,
     sets: LabelSets | None = None,
+    numbers: bool = False,
 ) -> pd.DataFrame:
     """Read a table of labels: columns id, label, group (the id where there is none), maybe split.
 
-    With `sets` the label of a row is made of several columns of 1 and 0. `columns` says under which
-    other names they stand in the file ({"id": "record_id"}), `where` which rows count ({"task":
-    "Vertebrates"}). All values are strings. Rows of one group belong into one split. Raises
-    InputError as `read_labels` does.
+    With `sets` the label of a row is made of several columns of 1 and 0, with `numbers` it is a
+    number. `columns` says under which other names they stand in the file ({"id": "record_id"}),
+    `where` which rows count ({"task": "Vertebrates"}). All values are strings. Rows of one group
+    belong into one split. Raises InputError as `read_labels` does.
     """
     names = {role: role for role in COLUMNS} | dict(columns or {})
     if sets is not None:
@@ -270,14 +271,16 @@ def read_label_table(
     table = read_labels(
         Path(path),
         id_column=names["id"],
-        label_column=names.get("label"),
-        numbers=() if sets is None else sets.columns,
+        label_column=None if numbers else names.get("label"),
+        numbers=(names["label"],) if numbers else sets.columns if sets else (),
         group_column=names["group"] or None,
         split_column=names["split"],
         required=mapped,
         where=where,
         remedy="say which it is with columns.id=NAME and columns.label=NAME",
     )
+    if numbers:
+        table[names["label"]] = table[names["label"]].map(repr)
     found = {role: table[name] for role, name in names.items() if name in table.columns}
     found.setdefault("group", found["id"])
     if sets is not None:

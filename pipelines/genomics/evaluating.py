@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from pipelines.genomics.leaks import FEW
-from pipelines.genomics.study import LEAKS, leaking_ids, title_baselines
+from pipelines.genomics.study import BASELINES, LEAKS, leaking_ids, title_baselines
 from pipelines.shared.assessment import Assessment, assess, require_same_rows
 from pipelines.shared.errors import InputError
 from pipelines.shared.record import RunState, finish_run, open_run
@@ -26,6 +26,7 @@ _CHOICES = ("pattern", "model", "tokenizer", "task")
 def evaluate(config: dict[str, Any]) -> int:
     """Score a run or a table and write metrics.json, summary.txt and report.html."""
     run, out = Path(config["run"]), Path(config["out"])
+    check_scoring(config)
     models, reference = read_models(run), config["reference"]
     if config["against"]:
         other = Path(config["against"])
@@ -49,6 +50,19 @@ def evaluate(config: dict[str, Any]) -> int:
         attributes=attributes,
     )
     return 0
+
+
+def check_scoring(config: Mapping[str, Any]) -> None:
+    """Raise InputError for settings of `genomics_scoring` that mean nothing."""
+    known = (MODEL, *BASELINES)
+    if config["reference"] is not None and config["reference"] not in known:
+        raise InputError(f"reference is one of {', '.join(known)}; got {config['reference']!r}")
+    if config["threshold"] is not None and not 0 <= config["threshold"] <= 1:
+        raise InputError(f"threshold is a probability; got {config['threshold']}")
+    if config["resamples"] < 0:
+        raise InputError(f"resamples must not be negative; got {config['resamples']}")
+    if config["subgroups"]:
+        _read_subgroups(config)
 
 
 def read_models(run: Path) -> Models:
@@ -109,22 +123,31 @@ def read_attributes(
         found[CONTIG] = dict(zip(joint.iloc[:, 0], joint[CONTIG], strict=True))
     if not config["subgroups"]:
         return found
+    table = _read_subgroups(config)
+    items = {name: item for item_of in _items(run, len(tables)) for name, item in item_of.items()}
+    missing = sorted({items.get(name, name) for name in tested} - set(table.index))
+    if missing:
+        path = config["labels"]
+        raise InputError(f"{path} has no row of {missing[0]!r}, which was tested; add it")
+    if items:
+        table = table.loc[[items[name] for name in sorted(tested)]].set_axis(sorted(tested))
+    return found | {
+        column: table[column].replace("", "unknown").to_dict() for column in config["subgroups"]
+    }
+
+
+def _read_subgroups(config: Mapping[str, Any]) -> pd.DataFrame:
+    """Read the table with the columns of `subgroups`, a row for each id."""
     if config["labels"] is None:
         raise InputError("subgroups= needs labels=TABLE with these columns")
-    path = Path(config["labels"])
+    path, key = Path(config["labels"]), config["columns"]["id"]
     table = read_table(path)
-    for column in (config["columns"]["id"], *config["subgroups"]):
+    for column in (key, *config["subgroups"]):
         if column not in table:
             raise InputError(
                 f"{path} has no column {column!r}; it has {', '.join(map(repr, table.columns))}"
             )
-    table = table.drop_duplicates(config["columns"]["id"]).set_index(config["columns"]["id"])
-    missing = sorted(tested - set(table.index))
-    if missing:
-        raise InputError(f"{path} has no row of {missing[0]!r}, which was tested; add it")
-    return found | {
-        column: table[column].replace("", "unknown").to_dict() for column in config["subgroups"]
-    }
+    return table.drop_duplicates(key).set_index(key)
 
 
 def report(
@@ -140,6 +163,8 @@ def report(
 ) -> None:
     """Score the models; print and write the summary, the page, and metrics.json, which ends it."""
     reference = config["reference"] if config["reference"] in models and len(models) > 1 else None
+    if config["reference"] and not reference and len(models) > 1:
+        print(f"note: {config['reference']} is not among the models: no differences are taken")
     settings: dict[str, Any] = {
         "threshold": config["threshold"],
         "reference": reference,

@@ -202,8 +202,9 @@ def _require_groups_for_folds(strata: Sequence[str], groups: Sequence[str], fold
     if few:
         stratum, count = min(few.items(), key=lambda item: item[1])
         raise InputError(
-            f"folds={folds}, and {stratum!r} has {count} groups: not every fold could be tested on "
-            f"it; give folds={max(2, count)} or scheme=monte_carlo"
+            f"folds={folds}, and {f'{stratum!r} has' if stratum else 'there are'} {count} groups: "
+            f"not every fold could be tested on {'it' if stratum else 'some'}; give "
+            f"folds={max(2, count)} or scheme=monte_carlo"
         )
 
 

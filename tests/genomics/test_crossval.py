@@ -174,6 +174,10 @@ def test_scores_are_told_apart_by_contig(tmp_path: Path) -> None:
         (["seeds=[1,1]"], ["different whole numbers"]),
         (["scheme=given", "overlap=allow", "fold=1"], ["fold=1", "0 to 0"]),
         (["scheme=given"], ["r0", "r80"]),
+        (["reference=kmers"], ["reference is one of model, majority, kmer", "'kmers'"]),
+        (["threshold=1.5"], ["threshold is a probability", "1.5"]),
+        (["subgroups=[site]"], ["subgroups= needs labels=TABLE"]),
+        (["task=regression"], ["needs numbers", "'r0'"]),
     ],
     ids=str,
 )

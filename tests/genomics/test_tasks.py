@@ -111,7 +111,7 @@ def test_numbers_are_predicted_and_evaluated(numbers, records, tmp_path):
     assert "4-mer ridge regression" in page
 
 
-def test_folds_of_numbers_need_no_classes(records, tmp_path):
+def test_folds_of_numbers_need_no_classes(records, tmp_path, capsys):
     table = pd.read_csv(records / "records.csv").drop(columns="split")
     table.to_csv(tmp_path / "t.csv", index=False)
     code = run("crossval", f"sequences={tmp_path / 't.csv'}", "columns.label=value",
@@ -121,6 +121,9 @@ def test_folds_of_numbers_need_no_classes(records, tmp_path):
     metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
     assert (metrics["task"], metrics["rows"]) == ("regression", 150)
     assert metrics["scores"]["kmer"]["r2"]["value"] > 0.8
+    assert run("crossval", f"sequences={tmp_path / 't.csv'}", "columns.label=value",
+               "task=regression", "folds=200", f"out={tmp_path / 'p'}", *QUICK) == 2  # fmt: skip
+    assert "folds=200, and there are 150 groups" in capsys.readouterr().err
 
 
 def test_splits_of_numbers_are_drawn_without_strata(records, tmp_path, capsys):
@@ -227,6 +230,25 @@ def test_bad_tasks_are_named(arguments, words, records, tmp_path, capsys):
     assert code == 2, error
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({4: "high"}, "l.csv, row 6: value must be a number; got 'high'"),
+     ({4: "inf"}, "l.csv, row 6: value must be a number; got 'inf'"),
+     (dict.fromkeys(range(150), "7"), "all 90 training targets are 7")],
+    ids=["a word", "infinity", "a constant"],
+)  # fmt: skip
+def test_numbers_that_are_none_are_named(changes, words, records, tmp_path, capsys):
+    table = pd.read_csv(records / "labels.csv", dtype=str)
+    for row, value in changes.items():
+        table.loc[row, "value"] = value
+    table.to_csv(tmp_path / "l.csv", index=False)
+    code = run("train", f"sequences={records / 'r.fa'}", f"labels={tmp_path / 'l.csv'}",
+               "columns.label=value", "task=regression", "leaks=false",
+               f"out={tmp_path / 'o'}")  # fmt: skip
+    assert code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_column_of_labels_that_is_none_is_named(records, tmp_path, capsys):
