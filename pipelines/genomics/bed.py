@@ -156,7 +156,12 @@ def _interval(path: Path, number: int, fields: list[str], layout: _Layout) -> In
     if layout.kind == "BED12":
         parts = _blocks(path, number, fields, start, end, strand)
     elif layout.kind == "narrowPeak" and fields[9] != "-1":
-        summit = start + int(fields[9])
+        summit = start + whole_number(path, number, "the summit", fields[9])
+        if not start <= summit < end:
+            raise bad_line(
+                path, number, f"the summit is {fields[9]}, bases behind the start, in an interval "
+                f"of {end - start:,}; write -1 where none is known",
+            )  # fmt: skip
     return Interval(
         told["contig"],
         start,

@@ -123,6 +123,8 @@ ROWS_C = [
     ("bed: ragged", bed("chr1\t0\t5\ta\nchr1\t0\t5\n"), CUT, 2, ["line 2", "3 columns", "have 4"]),
     ("bed: strand", bed("chr1\t0\t5\ta\t0\tminus\n"), CUT, 2, ["line 1", "'minus'", "+, - or ."]),
     ("bed: score", bed("chr1\t0\t5\ta\thigh\t+\n"), CUT, 2, ["line 1", "'high'", "columns.label="]),
+    ("bed: summit", bed("chr1\t0\t5\ta\t0\t+\t1\t1\t1\t5\n"), CUT, 2,
+     ["line 1", "the summit is 5", "interval of 5", "-1"]),
     ("bed: blocks", bed("chr1\t0\t20\ta\t0\t+\t0\t20\t0\t2\t5,5,\t0,9,\n"), CUT, 2,
      ["line 1", "blocks do not reach"]),
     ("bed: empty", bed(""), CUT, 2, ["{input} is empty"]),
