@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from pipelines.shared.tables import align, write_failures, write_table
 
 _QUANTILES = {"shortest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 _MOST_LABELS = 8
+_MOST_LISTED = 100
+"""Labels that are counted by themselves; a curve is drawn of fewer."""
 _BINS = 60
 _G, _C = LETTERS.index("G") + 1, LETTERS.index("C") + 1
 
@@ -122,7 +124,7 @@ def examine(collection: Collection, *, progress: bool = True) -> Findings:
     letters = None if collection.store is None else count_letters(collection, progress=progress)
     copies = find_item_copies(collection)
     table = keep_apart(collection, "allow").table
-    leaks = find_leaks(collection, progress=progress)
+    leaks = find_leaks(_with_few_labels(collection), progress=progress)
     return Findings(collection, letters, table, _conflicts(collection, copies), leaks)
 
 
@@ -189,9 +191,17 @@ def _folder_of_intervals(config: Mapping[str, Any]) -> dict[str, Collection] | N
     return read_interval_folder(Path(config["intervals"]), config["only"])
 
 
+def _with_few_labels(collection: Collection) -> Collection:
+    """Leave out labels that are too many to be told apart, such as numbers."""
+    table = collection.table
+    if "label" not in table or table["label"].nunique() <= _MOST_LISTED:
+        return collection
+    return replace(collection, table=table.drop(columns="label"))
+
+
 def _counts(collection: Collection) -> pd.DataFrame:
     """Items and bases by split and label, of what is known."""
-    table = collection.table.assign(bases=collection.lengths)
+    table = _with_few_labels(collection).table.assign(bases=collection.lengths)
     by = [name for name in ("split", "label") if name in table]
     if not by:
         return pd.DataFrame([{"items": len(table), "bases": int(table["bases"].sum())}])

@@ -55,7 +55,8 @@ def predict(config: dict[str, Any]) -> int:
     check_settings(config)
     if isinstance(config["outputs"], str):
         config = {**config, "outputs": [config["outputs"]]}
-    check_outputs(config["outputs"])
+    if config["outputs"] is not None:
+        check_outputs(config["outputs"])
     return ModelRun(config).predict_intervals()
 
 
@@ -81,6 +82,8 @@ class ModelRun:
         self.network = DnaClassifier(**model.config)  # type: ignore[arg-type]
         self.network.load_state_dict(model.state_dict)
         self._task: Any = model.metadata.get("task")
+        if config.get("outputs", ()) is None:  # of single bases a table says next to nothing
+            self.config = {**config, "outputs": ["tsv", "bedgraph"] if self.along else ["tsv"]}
         self.context: int = model.metadata["context"]  # type: ignore[assignment]
         self.overlap: int = model.metadata.get("overlap", 0)  # type: ignore[assignment]
         if not config["dry_run"]:

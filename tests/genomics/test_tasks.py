@@ -126,6 +126,15 @@ def test_folds_of_numbers_need_no_classes(records, tmp_path, capsys):
     assert "folds=200, and there are 150 groups" in capsys.readouterr().err
 
 
+def test_numbers_are_not_told_apart_in_a_look(records, tmp_path, capsys):
+    assert run("inspect", f"sequences={records / 'records.csv'}", "columns.label=value",
+               f"out={tmp_path}") == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "test against train: 30 items" in shown
+    assert shown.count("identical") == 3
+    assert len(shown.splitlines()) < 60
+
+
 def test_splits_of_numbers_are_drawn_without_strata(records, tmp_path, capsys):
     table = pd.read_csv(records / "records.csv").drop(columns="split")
     table.to_csv(tmp_path / "t.csv", index=False)

@@ -310,10 +310,14 @@ def test_predictions_lie_where_the_bases_do(genome, trained, tmp_path):
         "chr0\t100\t220\tplus\t0\t+\nchr1\t100\t220\tminus\t0\t-\nchr0\t150\t160\tagain\t0\t+\n"
     )
     given = ["predict", f"sequences={genome / 'g.fa'}", f"ckpt={trained / 'model.ckpt'}"]
-    assert run(*given, f"out={tmp_path / 'w'}", "outputs=[tsv,bigwig,bedgraph]") == 0
+    assert run(*given, f"out={tmp_path / 'w'}") == 0
+    assert {path.name for path in (tmp_path / "w" / "tracks").iterdir()} == {
+        "sum.bedgraph", "part.bedgraph",
+    }  # fmt: skip
+    assert run(*given, f"out={tmp_path / 'w2'}", "outputs=[tsv,bigwig]") == 0
     assert run(*given, f"intervals={tmp_path / 'i.bed'}", f"out={tmp_path / 'i'}",
                "outputs=[bigwig,tsv]") == 0  # fmt: skip
-    with pyBigWig.open(str(tmp_path / "w" / "tracks" / "sum.bw")) as file:
+    with pyBigWig.open(str(tmp_path / "w2" / "tracks" / "sum.bw")) as file:
         whole = np.array(file.values("chr0", 0, 600))
         assert not np.isnan(whole).any()
     splits = pd.read_csv(trained / "splits.tsv", sep="\t").set_index("id")["split"]
