@@ -1,6 +1,6 @@
 """Slides, or patients with their slides, as what a model learns from: targets and splits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pipelines.shared.objective import (
     balanced_weights,
     read_objective,
 )
-from pipelines.shared.splits import EXTERNAL, SPLITS, assign_splits
+from pipelines.shared.splits import EXTERNAL, SPLITS, assign_splits, require_no_leak
 
 TRUTH = {
     "classification": ("label",),
@@ -113,6 +113,13 @@ def read_cohort(config: dict[str, Any], table: pd.DataFrame, source: Path) -> Co
         for (slides, patient, *values), split in zip(rows, splits, strict=True)
     ]
     return Cohort(unit, cases, classes)
+
+
+def require_no_copies(cohort: Cohort, contents: Mapping[str, str]) -> None:
+    """Raise InputError where slides of equal content stand in two splits; `contents` are by id."""
+    rows = [(slide, case.patient, case.split) for case in cohort.cases for slide in case.slides]
+    slides, patients, splits = zip(*rows, strict=True)
+    require_no_leak(slides, patients, splits, contents=contents)
 
 
 def make_objective(config: dict[str, Any], cohort: Cohort) -> Objective:

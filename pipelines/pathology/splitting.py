@@ -11,7 +11,7 @@ import pandas as pd
 
 from pipelines.pathology.manifest import map_columns, read_slide_table, strip_ending
 from pipelines.pathology.split_tables import SplitTable, read_split_tables
-from pipelines.pathology.store import list_slides, read_index
+from pipelines.pathology.stored_features import read_contents
 from pipelines.shared.errors import InputError
 from pipelines.shared.record import RunState, finish_run, open_run
 from pipelines.shared.splits import (
@@ -133,7 +133,7 @@ def make_folds(roster: Roster, config: Mapping[str, Any]) -> list[list[str | Non
 
     None for rows that given tables do not name. Raises InputError for leaks, ids listed.
     """
-    contents = _contents(config["features"])
+    contents = read_contents(Path(config["features"])) if config["features"] else {}
     if config["splits"]:
         tables = read_split_tables(Path(config["splits"]))
         folds = [_complete(roster, table, config) for table in tables]
@@ -240,14 +240,6 @@ def _complete(roster: Roster, table: SplitTable, config: Mapping[str, Any]) -> l
     for row, word in zip(rows, drawn, strict=True):
         splits[row] = word
     return splits
-
-
-def _contents(features: str | None) -> dict[str, str]:
-    """Digest of each stored slide's content, where a store of features is given."""
-    if not features or not Path(features).is_dir() or not list_slides(Path(features)):
-        return {}
-    index = read_index(Path(features))
-    return dict(zip(index["slide_id"], index["digest"], strict=True))
 
 
 def _strata(values: "pd.Series[str]") -> tuple[list[str], str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipelines.pathology.store import read_index, read_slide, slide_folder
+from pipelines.pathology.store import list_slides, read_index, read_slide, slide_folder
 from pipelines.shared.errors import InputError
 from pipelines.shared.tables import Failure
 
@@ -87,6 +87,14 @@ def match_stored(store: Path, metadata: dict[str, object]) -> tuple[list[str], l
         folder = str(slide_folder(store, str(slide_id)))
         failures.append(Failure(str(slide_id), folder, "other_features", reason, remedy))
     return fitting, failures
+
+
+def read_contents(store: Path) -> dict[str, str]:
+    """Digest of each stored slide's content: copies have equal ones. Empty for an empty store."""
+    if not store.is_dir() or not list_slides(store):
+        return {}
+    index = read_index(store)
+    return dict(zip(index["slide_id"], index["digest"], strict=True))
 
 
 def have_overviews(store: Path, slide_ids: Iterable[str]) -> bool:

@@ -10,13 +10,19 @@ import pandas as pd
 import torch
 
 from pipelines.pathology.baseline import BASELINES, CLASSES_ONLY, fit_colour_baseline
-from pipelines.pathology.cohort import Case, Cohort, make_objective, sample_weights
+from pipelines.pathology.cohort import (
+    Case,
+    Cohort,
+    make_objective,
+    require_no_copies,
+    sample_weights,
+)
 from pipelines.pathology.data import Augmentation, SlideDataset
 from pipelines.pathology.heatmap import caption, draw_attention
 from pipelines.pathology.model import TASK, SlideClassifier, architecture, build_network
 from pipelines.pathology.pooling import PoolingClassifier
 from pipelines.pathology.store import read_slide, slide_folder
-from pipelines.pathology.stored_features import FeatureSource
+from pipelines.pathology.stored_features import FeatureSource, read_contents
 from pipelines.pathology.survival import CoxSurvival, DiscreteSurvival
 from pipelines.shared.calibration import choose_threshold, fit_temperature
 from pipelines.shared.checkpoint import save_model
@@ -65,6 +71,7 @@ class Study:
     ) -> None:
         self.config, self.settings, self.out = config, settings, out
         self.source, self.store, self.cohort = source, source.store, cohort
+        require_no_copies(cohort, read_contents(source.store))
         self.objective = make_objective(config, cohort)
         self.data = {name: self._dataset(name) for name in (*SPLITS[:1], *cohort.held_out)}
         self._standard: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -155,7 +155,7 @@ def test_copies_in_two_splits_are_a_leak(
             "digest": [f"d{row // 4}" for row in range(40)],
         }
     )
-    here = "pipelines.pathology.splitting"
+    here = "pipelines.pathology.stored_features"
     monkeypatch.setattr(f"{here}.read_index", lambda store: index)
     monkeypatch.setattr(f"{here}.list_slides", lambda store: index["slide_id"].tolist())
 

@@ -97,6 +97,28 @@ def test_predict_takes_features_that_fit_the_model(trained, imported, tmp_path, 
     assert all(f"({made}" in failures["reason"][0] for made in prints)
 
 
+def test_copies_of_a_slide_in_two_splits_are_a_leak(tmp_path, capsys):
+    for number in range(8):
+        write_clam(tmp_path / "clam", f"s{number}", number)
+    write_clam(tmp_path / "clam", "copy", 0)
+    given = [f"source={tmp_path / 'clam'}", f"features={tmp_path / 'store'}", "mpp=0.5"]
+    assert run("import", *given, f"out={tmp_path / 'import'}") == 0
+    splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    rows = [f"s{number},{'ab'[number % 2]},{word}" for number, word in enumerate(splits)]
+    table = tmp_path / "labels.csv"
+    command = ["train", f"features={tmp_path / 'store'}", f"labels={table}", *QUICK]
+
+    table.write_text("\n".join(["slide_id,label,split", *rows, "copy,a,test"]) + "\n")
+    assert run(*command, f"out={tmp_path / 'leak'}") == 2
+    error = capsys.readouterr().err
+    assert "train: s0" in error
+    assert "test: copy" in error
+    assert not (tmp_path / "leak" / "models").exists()
+
+    table.write_text("\n".join(["slide_id,label,split", *rows, "copy,a,train"]) + "\n")
+    assert run(*command, f"out={tmp_path / 'whole'}") == 0
+
+
 def test_an_encoder_is_refused_where_features_are_taken_as_they_are(imported, tmp_path, capsys):
     given = [f"features={imported / 'features'}", f"labels={imported / 'labels.csv'}"]
     assert run("train", *given, "encoder=uni", f"out={tmp_path / 'out'}", *QUICK) == 2
