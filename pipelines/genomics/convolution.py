@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipelines.genomics.alphabet import NUM_TOKENS, PADDING
 from pipelines.shared.batch import PackedBatch
+from pipelines.shared.errors import InputError
 from pipelines.shared.network import NetworkOutput
 
 _CHANNELS = (100, 16, 8, 4)
@@ -15,6 +16,7 @@ _KERNEL = 8
 _HIDDEN = 512
 _SHORTEST = 57
 """Bases that three convolutions and poolings leave a value of."""
+_LONGEST = 1 << 17
 
 
 class BenchmarkCnn(nn.Module):
@@ -60,6 +62,17 @@ class BenchmarkCnn(nn.Module):
         for row, part in zip(filled, parts, strict=True):
             row[: part.numel()] = part
         return filled
+
+
+def refuse_long(num_bases: int) -> None:
+    """Raise InputError for sequences that the network would have too many weights for."""
+    if num_bases > _LONGEST:
+        weights = num_bases // 2 * _HIDDEN
+        raise InputError(
+            f"baselines: cnn has weights for each place; of {num_bases:,} bases they would be "
+            f"{weights / 1e6:,.0f} million. Leave it out (baselines=[majority,kmer]), or give a "
+            f"context of {_LONGEST:,} at most"
+        )
 
 
 def majority_logits(counts: Int64[Tensor, " C"], num_rows: int) -> Float[Tensor, "N C"]:

@@ -19,6 +19,7 @@ from pipelines.genomics.outputs import (
     write_predictions,
     write_tracks,
 )
+from pipelines.genomics.pretrain import refuse_other_version
 from pipelines.genomics.scoring import Scores, score_windows
 from pipelines.genomics.selection import (
     Intervals,
@@ -69,6 +70,7 @@ class ModelRun:
         self.config, self.out = config, Path(config["out"])
         checkpoint = Path(config["ckpt"])
         model = load_model(checkpoint, task=TASK)
+        refuse_other_version(model, checkpoint)
         if self.needs_task and "task" not in model.metadata:
             raise InputError(
                 f"{checkpoint} guesses bases and has learnt no task; train it further with "

@@ -127,9 +127,16 @@ def load_body(network: DnaClassifier, model: LoadedModel, *, freeze: bool) -> st
 def read_pretrained(path: Path) -> LoadedModel:
     """Read a file that `pretrain` wrote; raises InputError for another."""
     model = load_model(path, task=TASK)
+    refuse_other_version(model, path)
     if "guess" not in model.metadata:
-        raise InputError(f"{path} was trained on classes; pretrained= takes what pretrain wrote")
+        raise InputError(f"{path} was trained on a task; pretrained= takes what pretrain wrote")
     return model
+
+
+def refuse_other_version(model: LoadedModel, path: Path) -> None:
+    """Raise InputError for a model of DNA that lacks what models of this version have."""
+    if not model.metadata.keys() & {"task", "guess"} or "stem" not in model.config:
+        raise InputError(f"{path} was written by another version of gigasparse: train it again")
 
 
 def pretrained_sizes(model: LoadedModel, rc: str) -> dict[str, object]:

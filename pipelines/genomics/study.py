@@ -16,7 +16,7 @@ from scipy.special import logit
 
 from pipelines.genomics.baseline import fit_kmer_baseline, fit_kmer_labels, fit_kmer_ridge
 from pipelines.genomics.collection import Collection
-from pipelines.genomics.convolution import BenchmarkCnn, majority_logits
+from pipelines.genomics.convolution import BenchmarkCnn, majority_logits, refuse_long
 from pipelines.genomics.data import WindowDataset, average_windows
 from pipelines.genomics.leaks import FEW, Leaks
 from pipelines.genomics.model import TASK, DnaClassifier, require_even_lengths
@@ -109,6 +109,8 @@ class Study:
         self.longest = max(lengths)
         if config["rc"] == "equivariant":
             require_even_lengths(lengths, config["stem_stride"])
+        if "cnn" in config["baselines"] and "cnn" not in self.without:
+            refuse_long(self.longest)
 
     def run(self) -> int:
         """Train everything, print the comparison, write the model and the run's record."""

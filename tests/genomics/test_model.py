@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipelines.genomics.alphabet import NUM_TOKENS, decode, encode, reverse_complement
-from pipelines.genomics.convolution import BenchmarkCnn
+from pipelines.genomics.convolution import BenchmarkCnn, refuse_long
 from pipelines.genomics.model import DnaClassifier, opposite_strand
 from pipelines.shared.batch import Example, ExampleList, pack
 from pipelines.shared.errors import InputError
@@ -159,6 +159,12 @@ def test_the_benchmark_network_has_the_layers_that_were_published():
     ]  # fmt: skip
     # 251 -> 244 -> 122 -> 115 -> 57 -> 50 -> 25 places of 4 channels
     assert (shapes["hidden.weight"], shapes["head.weight"]) == ((512, 100), (2, 512))
+
+
+def test_a_convolution_over_whole_chromosomes_is_refused():
+    refuse_long(131_072)
+    with pytest.raises(InputError, match=r"200,000 bases they would be 51 million.*context of"):
+        refuse_long(200_000)
 
 
 def test_a_convolution_says_the_same_alone_and_filled_up():

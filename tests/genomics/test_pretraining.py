@@ -298,4 +298,4 @@ def test_a_network_without_classes_predicts_none(backbone, labelled, tmp_path, c
     code = run("predict", f"sequences={labelled}", f"ckpt={backbone / 'model.ckpt'}",
                f"out={tmp_path}")  # fmt: skip
     assert code == 2
-    assert "knows no classes" in capsys.readouterr().err
+    assert "has learnt no task" in capsys.readouterr().err

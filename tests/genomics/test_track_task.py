@@ -364,6 +364,33 @@ def test_a_broken_motif_lowers_the_track(genome, trained, tmp_path):
     assert table["mutagenesis"][inside].mean() > 4 * table["mutagenesis"][~inside].abs().mean()
 
 
+def test_tracks_go_on_from_a_pretrained_network(genome, tmp_path, capsys):
+    small = ["model.dim=16", "model.depth=1", "model.num_heads=2", "context=128", "epochs=1",
+             "logger=none", "trainer.progress=false"]  # fmt: skip
+    assert run("pretrain", f"sequences={genome / 'g.fa'}", "markov=1", "stem=none",
+               f"out={tmp_path / 'p'}", *small) == 0  # fmt: skip
+    given = ["train", f"sequences={genome / 'g.fa'}", "task=tracks", "leaks=false", "baselines=[]",
+             f"task.files=[{genome / 'sum.bw'}]", "window_overlap=0", *small]  # fmt: skip
+    code = run(*given, f"pretrained={tmp_path / 'p' / 'model.ckpt'}", "freeze=true",
+               f"out={tmp_path / 't'}")  # fmt: skip
+    assert code == 0
+    assert "new: head" in capsys.readouterr().out
+    one, two = (
+        torch.load(tmp_path / name / "model.ckpt", weights_only=True)["state_dict"]
+        for name in ("p", "t")
+    )
+    body = [name for name in one if name.startswith(("stem.", "encoder."))]
+    assert body
+    assert all(torch.equal(one[name], two[name]) for name in body)
+    assert run("embed", f"sequences={genome / 'g.fa'}", f"ckpt={tmp_path / 't' / 'model.ckpt'}",
+               "per=base", f"out={tmp_path / 'e'}") == 0  # fmt: skip
+    content = torch.load(tmp_path / "t" / "model.ckpt", weights_only=True)
+    del content["metadata"]["task"]
+    torch.save(content, tmp_path / "old.ckpt")
+    assert run("predict", f"sequences={genome / 'g.fa'}", f"ckpt={tmp_path / 'old.ckpt'}") == 2
+    assert "old.ckpt was written by another version" in capsys.readouterr().err
+
+
 def test_turned_windows_have_their_numbers_turned(memory_store, tmp_path):
     store = memory_store({"chr1": "ACGTTGCAAC", "chr2": "GGGTTTACCA"})
     path = write_bedgraph(tmp_path / "a.bedgraph", [
