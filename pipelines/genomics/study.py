@@ -295,6 +295,13 @@ class Study:
         if failures:
             print(f"{len(failures):,} without a partner: {self.out / 'failures.csv'}")
 
+    @property
+    def names_are(self) -> str:
+        """What the targets' names are."""
+        return {"multilabel": "labels", "tracks": "tracks"}.get(
+            self.config["task"]["name"], "classes"
+        )
+
     def _stem(self) -> str:
         kernel, stride = self.config["kernel"], self.config["stem_stride"]
         if self.tokenizer.config["kind"] != "base" or self.config["stem"] == "none":
@@ -321,7 +328,7 @@ class Study:
         shown = {name: model.scores[name].value for name in self.shown}
         return {
             "task": model.objective.plain(),
-            "classes": list(self.targets.names),
+            self.names_are: list(self.targets.names),
             "test_records": len(self.rows["test"]),
             "test_records_without_leaks": len(self._clean_rows()),
             "failures": len(self.collection.failures),

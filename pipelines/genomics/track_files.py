@@ -6,6 +6,7 @@ values are turned around, as its bases are.
 """
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,10 +40,10 @@ class TrackFile(Protocol):
 
 
 class BigWig:
-    """A bigWig file; each process opens it for itself."""
+    """A bigWig file; each process opens it for itself: they would move each other's place in it."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, None
+        self._path, self._file, self._owner = path, None, -1
         file = self._open()
         self.contigs: dict[str, int | None] = dict(file.chroms())
 
@@ -56,7 +57,8 @@ class BigWig:
         return values
 
     def _open(self) -> Any:
-        if self._file is None:
+        if self._file is None or self._owner != os.getpid():
+            self._owner = os.getpid()
             library = require_bigwig()
             try:
                 self._file = library.open(str(self._path))

@@ -15,6 +15,7 @@ from torch.nn.functional import huber_loss, mse_loss
 from torch.utils.data import Dataset
 
 from pipelines.genomics.data import WindowDataset
+from pipelines.genomics.progress import track
 from pipelines.genomics.track_files import Signals
 from pipelines.shared.batch import Example, Target
 from pipelines.shared.errors import InputError
@@ -75,7 +76,8 @@ class Tracks:
         Raises InputError for a track that says nothing of them, or the same of all bases.
         """
         count, total, square = (np.zeros(len(signals.names)) for _ in range(3))
-        for item, length in zip(items.tolist(), lengths.tolist(), strict=True):
+        pairs = list(zip(items.tolist(), lengths.tolist(), strict=True))
+        for item, length in track(pairs, total=len(pairs), label="tracks", unit="items"):
             values = signals.read(item, 0, length).astype(np.float64)
             count += (~np.isnan(values)).sum(axis=0)
             total += np.nansum(values, axis=0)

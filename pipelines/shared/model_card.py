@@ -52,8 +52,9 @@ def write_model_card(
 
 def _identity(run: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     lines = [f"- task: {_name(metrics.get('task') or config.get('task'))}"]
-    if metrics.get("classes"):
-        lines.append(f"- classes: {', '.join(map(str, metrics['classes']))}")
+    for key in ("classes", "labels", "tracks"):
+        if metrics.get(key):
+            lines.append(f"- {key}: {', '.join(map(str, metrics[key]))}")
     checkpoint = run / CHECKPOINT
     if checkpoint.is_file():
         digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()

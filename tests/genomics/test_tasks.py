@@ -146,7 +146,8 @@ def test_splits_of_numbers_are_drawn_without_strata(records, tmp_path, capsys):
 
 def test_labels_are_scored_one_by_one_with_thresholds_of_validation(sets, tmp_path):
     metrics = json.loads((sets / "metrics.json").read_text())
-    assert metrics["classes"] == ["odd", "rich"]
+    assert metrics["labels"] == ["odd", "rich"]
+    assert "- labels: odd, rich" in (sets / "model_card.md").read_text()
     table = pd.read_csv(sets / "models" / "kmer" / "predictions.csv")
     test = table[table["split"] == "test"]
     areas = [roc_auc_score(test[f"label_{n}"], test[f"probability_{n}"]) for n in ("odd", "rich")]

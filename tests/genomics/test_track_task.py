@@ -415,6 +415,16 @@ def test_turned_windows_have_their_numbers_turned(memory_store, tmp_path):
     assert batch.targets.shape == (8, 1)
 
 
+def test_another_process_opens_a_bigwig_anew(genome, monkeypatch):
+    """Processes that share an open file move each other's place in it."""
+    file = open_track(genome / "sum.bw")
+    opened, before = file._open(), file.read("chr0", 5, 90)
+    assert file._open() is opened
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert file._open() is not opened
+    np.testing.assert_array_equal(file.read("chr0", 5, 90), before)
+
+
 def test_unknown_bases_count_nowhere():
     objective = Tracks(("a", "b"), (1.0, 10.0), (2.0, 5.0))
     outputs = torch.tensor([[0.5, 1.0], [0.0, -1.0], [2.0, 0.0]], requires_grad=True)
