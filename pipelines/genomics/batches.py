@@ -18,7 +18,7 @@ from pipelines.genomics.packing import (
     PER_BYTE,
     WORD_BASES,
     count_bases,
-    find_runs,
+    find_runs_of,
     pack,
     pack_plain,
 )
@@ -188,18 +188,15 @@ def _digest(length: int, bases: memoryview, others: bytes) -> bytes:
 
 
 def _find_others(text: UInt8[ndarray, "T"]) -> Int64[ndarray, "K 3"]:
-    tokens = np.frombuffer(text.tobytes().translate(_OTHERS), dtype=np.uint8)
-    runs = find_runs(tokens)
-    found = tokens[runs[:, 0]]
-    rows = np.column_stack([runs[:, 0], runs[:, 1] - runs[:, 0], found])
-    return rows[found > 0].astype(np.int64)
+    runs, tokens = find_runs_of(text, lambda letters: np.take(_OTHERS, letters))
+    return np.column_stack([runs[:, 0], runs[:, 1] - runs[:, 0], tokens]).astype(np.int64)
 
 
-def _others_table() -> bytes:
-    table = bytearray(256)
+def _others_table() -> UInt8[ndarray, "256"]:
+    table = np.zeros(256, dtype=np.uint8)
     for token, letter in enumerate(LETTERS, start=1):
         table[ord(letter)] = 0 if letter in "ACGT" else token
-    return bytes(table)
+    return table
 
 
 _OTHERS = _others_table()

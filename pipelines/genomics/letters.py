@@ -11,7 +11,7 @@ from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import LETTERS, PROTEIN_LETTERS
-from pipelines.genomics.packing import find_runs
+from pipelines.genomics.packing import find_runs_of
 from pipelines.shared.errors import InputError
 
 GAPS = b"-.*"
@@ -107,7 +107,9 @@ def read_letters(raw: bytes | memoryview, reading: Reading) -> Letters:
     text = read if sum(plain.values()) == read.size else _unwrap(read)
     if sum(plain.values()) == text.size:
         return Letters(text, True, _NO_RUNS, {k: v for k, v in plain.items() if v})
-    return _read_any(text, reading)
+    copied = text.tobytes()
+    del text  # a chromosome is not to be held once more
+    return _read_any(copied, reading)
 
 
 def count_letters(text: UInt8[ndarray, "T"], letters: bytes) -> dict[str, int]:
@@ -136,9 +138,8 @@ def _unwrap(text: UInt8[ndarray, "T"]) -> UInt8[ndarray, "U"]:
     return text
 
 
-def _read_any(text: UInt8[ndarray, "T"], reading: Reading) -> Letters:
-    found = _histogram(text)
-    raw = text.tobytes()
+def _read_any(raw: bytes, reading: Reading) -> Letters:
+    found = _histogram(np.frombuffer(raw, dtype=np.uint8))
     if any(found[sign] for sign in WHITESPACE):
         raw = raw.translate(None, WHITESPACE)
     _refuse(raw, found, reading)
@@ -150,7 +151,7 @@ def _read_any(text: UInt8[ndarray, "T"], reading: Reading) -> Letters:
     return Letters(
         np.frombuffer(kept, dtype=np.uint8),
         sum(counts[letter] for letter in "ACGT") == len(kept),
-        _set_runs(np.frombuffer(raw, dtype=np.uint8) >= ord("a")) if masked else _NO_RUNS,
+        find_runs_of(np.frombuffer(raw, dtype=np.uint8), _is_lower)[0] if masked else _NO_RUNS,
         {name: count for name, count in counts.items() if count},
     )
 
@@ -182,10 +183,8 @@ def _histogram(text: UInt8[ndarray, "T"]) -> list[int]:
     return counts
 
 
-def _set_runs(values: ndarray) -> Int64[ndarray, "R 2"]:
-    """Runs where `values` is not zero."""
-    runs = find_runs(values)
-    return runs[int(values[0] == 0) :: 2] if values.size and runs.size else _NO_RUNS
+def _is_lower(letters: UInt8[ndarray, "T"]) -> UInt8[ndarray, "T"]:
+    return (letters >= ord("a")).view(np.uint8)
 
 
 def _refuse(raw: bytes, found: list[int], reading: Reading) -> None:

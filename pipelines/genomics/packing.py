@@ -4,6 +4,8 @@ What is none of the four gets some base, and its true letter in a list of runs b
 2bit files do it). Both directions are arithmetic on whole arrays, in pieces that fit a cache.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Int64, UInt8
 from numpy import ndarray
@@ -14,6 +16,7 @@ WORD_BASES = 32
 
 _PIECE = 1 << 20
 """Bases handled at once: few enough for a cache, and many, as threads wait between two steps."""
+_RUNS_PIECE = 1 << 24
 _WORD = np.dtype("<u4")
 _U32 = np.uint32
 _GATHER = _U32(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6)
@@ -105,6 +108,28 @@ def find_runs(values: ndarray) -> Int64[ndarray, "R 2"]:
     changes = np.flatnonzero(values[1:] != values[:-1]) + 1
     bounds = np.concatenate(([0], changes, [values.size])) if values.size else np.zeros(1, int)
     return np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int64)
+
+
+def find_runs_of(
+    letters: UInt8[ndarray, "T"], values_of: Callable[[UInt8[ndarray, "T"]], UInt8[ndarray, "T"]]
+) -> tuple[Int64[ndarray, "K 2"], UInt8[ndarray, "K"]]:
+    """Find the runs where `values_of` the letters is not 0, and their values.
+
+    Works through a chromosome piece by piece: its values are never there as a whole.
+    """
+    bounds, found = [np.empty((0, 2), dtype=np.int64)], [np.empty(0, dtype=np.uint8)]
+    for start in range(0, letters.size, _RUNS_PIECE):
+        values = values_of(letters[start : start + _RUNS_PIECE])
+        runs = find_runs(values)
+        kept = values[runs[:, 0]]
+        bounds.append(runs[kept > 0] + start)
+        found.append(kept[kept > 0])
+    runs, kept = np.concatenate(bounds), np.concatenate(found)
+    joined = (runs[1:, 0] == runs[:-1, 1]) & (kept[1:] == kept[:-1])  # where pieces meet
+    first, last = (np.insert(~joined, place, True) for place in (0, joined.size))
+    if not runs.size:
+        return runs, kept
+    return np.stack([runs[first, 0], runs[last, 1]], axis=1), kept[first]
 
 
 def _pack_words(words: ndarray) -> ndarray:

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 
 from pipelines.genomics import packing
 from pipelines.genomics.alphabet import decode, encode
-from pipelines.genomics.packing import count_bases, find_runs, pack, pack_plain, unpack
+from pipelines.genomics.packing import (
+    count_bases,
+    find_runs,
+    find_runs_of,
+    pack,
+    pack_plain,
+    unpack,
+)
 
 
 def ascii_codes(text):
@@ -65,3 +72,16 @@ def test_runs_cover_all_and_hold_one_value_each(values):
     assert [*runs[:, 0], values.size] == [0, *runs[:, 1]]
     assert all(len(set(values[start:end])) == 1 for start, end in runs)
     assert all(values[end - 1] != values[end] for end in runs[:-1, 1])
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 1000])
+@given(values=st.lists(st.integers(0, 2), max_size=30))
+def test_runs_do_not_depend_on_the_pieces(piece, values):
+    letters = np.array(values, dtype=np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_RUNS_PIECE", piece)
+        runs, found = find_runs_of(letters, lambda piece: piece)
+    whole = find_runs(letters)
+    kept = letters[whole[:, 0]] if letters.size else letters
+    assert runs.tolist() == whole[kept > 0].tolist()
+    assert found.tolist() == kept[kept > 0].tolist()
