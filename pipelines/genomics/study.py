@@ -349,7 +349,7 @@ class Study:
         lines = f"{tested:,} test records, 95 % intervals over {self.resampled}\n"
         lines += f"{format_table(scores, names=self.shown)}\n\n"
         if each := results[MODEL].by_target:
-            lines += f"the model by {self.targets_are}\n{format_table(each)}\n\n"
+            lines += f"the model's\n{format_table(each, what=self.targets_are)}\n\n"
         clean = {titles[name]: result.clean for name, result in results.items() if result.clean}
         left = len(self._clean_rows())
         if self.leaks is not None:

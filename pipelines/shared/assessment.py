@@ -174,7 +174,7 @@ def assess(
     first = next(iter(tested.values()))[0].predictions
     calibrated, calibration = _calibrate(settled, found, resamples, seed)
     return Assessment(
-        task=(task := _task(first)),
+        task=_task(first),
         tested=tested,
         scores=_scores(found),
         by_fold={
@@ -183,11 +183,7 @@ def assess(
         },
         reference=reference,
         differences=_differences(found, reference),
-        thresholds={
-            name: [_threshold(fold) for fold in folds]
-            for name, folds in tested.items()
-            if task == "classification" and len(_classes(folds[0])) == 2
-        },
+        thresholds=_thresholds(tested),
         calibration=calibration,
         calibrated=calibrated,
         subgroups=_subgroups(tested, attributes or {}, resamples, seed),
@@ -380,6 +376,20 @@ def _differences(
     return {
         name: compare(items, found[reference]) for name, items in found.items() if name != reference
     }
+
+
+def _thresholds(tested: Mapping[str, Sequence[Fold]]) -> dict[str, list[float]]:
+    """Thresholds of each model by fold: of two classes one, of labels one for each."""
+    found: dict[str, list[float]] = {}
+    for name, folds in tested.items():
+        given = folds[0].predictions
+        if isinstance(given, JointPredictions) and given.exact is not None:
+            for label in given.parts:
+                parts = [_of_target({"test": fold}, label)["test"] for fold in folds]
+                found[f"{name}, {label}"] = [_threshold(part) for part in parts]
+        elif len(_classes(folds[0])) == 2:
+            found[name] = [_threshold(fold) for fold in folds]
+    return found
 
 
 def _threshold(fold: Fold) -> float:

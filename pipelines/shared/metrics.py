@@ -214,12 +214,15 @@ def as_probabilities(outputs: Sequence[Sequence[float]] | Floats) -> Floats:
 
 
 def format_table(
-    rows: Mapping[str, Mapping[str, Score]], *, names: Sequence[str] | None = None
+    rows: Mapping[str, Mapping[str, Score]],
+    *,
+    names: Sequence[str] | None = None,
+    what: str = "model",
 ) -> str:
-    """Return aligned lines: a row per model, a column per score (of `names`, if given)."""
+    """Return aligned lines: a row per `what`, a column per score (of `names`, if given)."""
     every = list(dict.fromkeys(name for scores in rows.values() for name in scores))
     shown = every if names is None else [name for name in names if name in every]
-    header = ["model", *(TITLES.get(name, name) for name in shown)]
+    header = [what, *(TITLES.get(name, name) for name in shown)]
     body = [
         [model, *(format_score(scores[name]) if name in scores else "-" for name in shown)]
         for model, scores in rows.items()

@@ -173,7 +173,8 @@ def _tables(found: Assessment, words: Words, beside: Mapping[str, Assessment]) -
             [words.title(name), ", ".join(f"{value:.3f}" for value in values)]
             for name, values in found.thresholds.items()
         ]
-        tables.append(Table("Thresholds", ["model", f"probability of {found.classes[1]}"], rows))
+        what = found.classes[1] if found.classes else "the label"
+        tables.append(Table("Thresholds", ["model", f"probability of {what}"], rows))
     if found.by_target:
         tables += [_target_table(found, words), _each_target_table(found, words)]
     for part, other in {"": found, **beside}.items():
@@ -317,8 +318,7 @@ def _method(found: Assessment, words: Words) -> list[str]:
     if found.task == "multilabel":
         notes.append(
             "Scores are means over the labels that define them (a label that is on all rows or on "
-            "none has no AUROC); exact match is the share of rows with every label right. The "
-            "threshold of each label is chosen on the fold's validation rows (Youden's J)."
+            "none has no AUROC); exact match is the share of rows with every label right."
         )
     if found.task == "tracks":
         notes.append(

@@ -278,7 +278,7 @@ def test_tracks_are_learnt_and_scored_by_the_libraries(genome, trained):
     assert low < scores["model"]["r2"]["value"] < high
     summary = (trained / "summary.txt").read_text()
     assert "ridge regression on 21 bases around" in summary
-    assert "the model by track" in summary
+    assert "the model's\ntrack  R2" in summary
 
 
 def test_saved_tracks_are_evaluated_by_contig_and_without_leaks(trained, tmp_path):

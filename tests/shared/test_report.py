@@ -98,6 +98,7 @@ def test_labels_have_a_threshold_each_and_a_row_each(tmp_path: Path) -> None:
     assert cuts[0] != cuts[1]
     assert min(cut or 0 for cut in cuts) > 0.2
     assert list(single.by_target) == ["common", "rare"]
+    assert single.thresholds == {"model, common": [cuts[0]], "model, rare": [cuts[1]]}
     mean = np.mean([s["model"]["auroc"].value or 0 for s in single.by_target.values()])
     assert single.scores["model"]["auroc"].value == pytest.approx(mean)
     text = summarise(single, WORDS)
@@ -106,6 +107,7 @@ def test_labels_have_a_threshold_each_and_a_row_each(tmp_path: Path) -> None:
     write_report(tmp_path / "r.html", single, title="t", words=WORDS, facts={}, notes=[])
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "ROC, mean over the labels" in page
+    assert "probability of the label" in page
     assert page.count("data:image/svg+xml;base64,") == 2
 
 
