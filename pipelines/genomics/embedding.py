@@ -1,7 +1,8 @@
 """`embed`: the vectors that a trained or pretrained network makes of sequences.
 
-embeddings.zarr   embeddings float32 [R, E], a row for each sequence, in input order, and their ids;
-                  with per=base, embeddings [N, E] of all bases and offsets int64 [R + 1]
+embeddings.zarr   embeddings float32 [R, E], a row for each sequence, in input order; their ids,
+                  contigs, strands, start and end; with per=base, embeddings [N, E] of all bases
+                  and offsets int64 [R + 1]
 sequences.tsv     id, contig, start, end, strand of each row
 """
 
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from pipelines.genomics.ingest import require_input
-from pipelines.genomics.outputs import EMBEDDINGS_SCHEMA
+from pipelines.genomics.outputs import EMBEDDINGS_SCHEMA, write_places
 from pipelines.genomics.predict import ModelRun
 from pipelines.genomics.progress import track
 from pipelines.genomics.selection import (
@@ -92,8 +93,7 @@ class _EmbeddingRun(ModelRun):
             "embeddings", shape=(int(offsets[-1]), dim), dtype="float32", chunks=(4096, dim)
         )
         group.create_array("offsets", data=offsets)
-        text = "".join(f"{name}\n" for name in selection.table["id"]).encode()
-        group.create_array("ids", data=np.frombuffer(text, dtype=np.uint8))
+        write_places(group, selection.table)
         group.attrs.update({"schema": EMBEDDINGS_SCHEMA, "per": self.config["per"]})
         for record, rows in track(
             self._by_sequence(windows, intervals), total=len(selection.table), label="embed",

@@ -56,22 +56,30 @@ def write_predictions(out: Path, table: pd.DataFrame, kinds: Sequence[str]) -> l
 
 
 def write_embeddings(
-    out: Path, names: Sequence[str], embeddings: Float[ndarray, "R E"]
+    out: Path, table: pd.DataFrame, embeddings: Float[ndarray, "R E"]
 ) -> list[Path]:
-    """Write a Zarr group: `embeddings` float32 [R, E], and the ids of its rows.
-
-    Ids are one blob of UTF-8, a line each, as Zarr v3 has no settled type for strings.
-    """
+    """Write a Zarr group: `embeddings` float32 [R, E], and what `write_places` says of its rows."""
     path = out / "embeddings.zarr"
     aside = _aside(path)
     group = zarr.create_group(aside)
     group.create_array("embeddings", data=embeddings.astype(np.float32))
-    text = "".join(f"{name}\n" for name in names).encode()
-    group.create_array("ids", data=np.frombuffer(text, dtype=np.uint8))
+    write_places(group, table)
     group.attrs["schema"] = EMBEDDINGS_SCHEMA
     shutil.rmtree(path, ignore_errors=True)
     os.replace(aside, path)
     return [path]
+
+
+def write_places(group: zarr.Group, table: pd.DataFrame) -> None:
+    """Write ids, contigs, strands, start and end (0-based, half-open) of the rows of a table.
+
+    Texts are one blob of UTF-8, a line each, as Zarr v3 has no settled type for strings.
+    """
+    for name, column in {"ids": "id", "contigs": "contig", "strands": "strand"}.items():
+        text = "".join(f"{value}\n" for value in table[column]).encode()
+        group.create_array(name, data=np.frombuffer(text, dtype=np.uint8))
+    for name in ("start", "end"):
+        group.create_array(name, data=table[name].to_numpy(dtype=np.int64))
 
 
 def read_embeddings(path: Path) -> tuple[list[str], Float[ndarray, "R E"]]:

@@ -116,7 +116,7 @@ class ModelRun:
         scored["num_windows"] = pd.Series(windows.records).value_counts(sort=False).to_numpy()
         scored["flags"] = _flags(table["flags"], intervals)
         written = write_predictions(self.out, scored, self.config["outputs"])
-        written += self._embeddings(scores, windows, table["id"].tolist())
+        written += self._embeddings(scores, windows, table)
         written += write_tracks(
             self.out,
             self.config["outputs"],
@@ -178,11 +178,11 @@ class ModelRun:
             embeddings="embeddings" in self.config["outputs"],
         )
 
-    def _embeddings(self, scores: Scores, windows: Windows, names: list[str]) -> list[Path]:
+    def _embeddings(self, scores: Scores, windows: Windows, table: pd.DataFrame) -> list[Path]:
         if scores.embeddings is None:
             return []
         vectors = scores.embeddings_by_sequence(windows.records)
-        return write_embeddings(self.out, names, vectors)
+        return write_embeddings(self.out, table, vectors)
 
     def _finish(
         self,

@@ -82,6 +82,8 @@ def test_every_base_of_an_interval_has_its_vector(fasta, tmp_path):
     assert code == 0
     group = zarr.open_group(tmp_path / "o" / "embeddings.zarr", mode="r")
     assert group["offsets"][:].tolist() == [0, 100, 120]
+    assert bytes(group["contigs"][:]) == b"r120\nr50\n"
+    assert [group["start"][:].tolist(), group["end"][:].tolist()] == [[10, 5], [110, 25]]
     one, two = group["embeddings"][:100], group["embeddings"][100:]
     assert one == pytest.approx(expected(network, TEXTS["r120"][10:110]), abs=1e-5)
     assert two == pytest.approx(expected(network, TEXTS["r50"][5:25]), abs=1e-5)

@@ -10,6 +10,7 @@ import pandas as pd
 import pyBigWig
 import pytest
 import torch
+import zarr
 
 from pipelines.genomics import scoring
 from pipelines.genomics.__main__ import main
@@ -100,6 +101,9 @@ def test_records_in_input_order_and_every_output(genome, network, ckpt, tmp_path
     ids, vectors = read_embeddings(tmp_path / "embeddings.zarr")
     assert ids == list(records)
     assert vectors.shape[0] == 3
+    group = zarr.open_group(tmp_path / "embeddings.zarr", mode="r")
+    assert bytes(group["contigs"][:]).decode().split() == list(records)
+    assert [group["start"][:].tolist(), group["end"][:].tolist()] == [[0, 0, 0], [230, 35, 100]]
     with torch.no_grad():
         head = network.head(torch.from_numpy(vectors[1:2]))[0].numpy()
     assert np.allclose(head, logits_of(network, records["chr1"]), atol=1e-5)
