@@ -139,14 +139,11 @@ def _pieces(
 def boxes_of(blocks: Blocks, tokens: Tokens, group: Int[Tensor, "R"]) -> Boxes:
     """Bound each block's coordinates, its indices and lengths."""
     members, _ = blocks.tokens()
-    coords, index, length = tokens.coords[members], tokens.index[members], tokens.length[members]
+    known = torch.cat([tokens.coords, tokens.index[:, None], tokens.length[:, None]], 1)
     if not len(blocks):
-        empty, none = coords.new_zeros(0, coords.shape[-1]), index.new_zeros(0)
-        return Boxes(empty, empty, none, none, none, none, group, group)
-    return Boxes(
-        coords.amin(1), coords.amax(1), index.amin(1), index.amax(1),
-        length.amin(1), length.amax(1), group, group,
-    )  # fmt: skip
+        return Boxes(group.new_zeros(2, known.shape[1] + 1, 0))
+    bounds = torch.stack(torch.aminmax(known[members].long(), dim=1)).transpose(1, 2)
+    return Boxes(torch.cat([bounds, group.expand(2, 1, -1)], 1))
 
 
 def _affine(

@@ -340,7 +340,8 @@ def _build_part(
             plan.listed, query_boxes, key_boxes, size=size, num_segments=sides.num_segments
         )
     else:
-        row, column = touching_pairs(own, query_boxes, key_boxes)
+        single = sides.num_segments == 1 and not plan.classes
+        row, column = touching_pairs(own, query_boxes, key_boxes, single=single)
     row, column, full = _classify(own, earlier, (row, column), query_boxes, key_boxes)
     for blocks, which in ((queries, row), (keys, column)):
         if blocks.num_tokens < len(blocks) * blocks.size:
@@ -379,7 +380,7 @@ def both_lists(entries: tuple[Tensor, ...], queries: Blocks, keys: Blocks) -> tu
     rows, order = _compress(row, column, full, len(queries), num_full, is_sorted=True)
     columns, column_order = _compress(column, row, full, len(keys), num_full, is_sorted=False)
     if tile.numel():
-        rows = replace(rows, tile=tile[order])
+        rows = replace(rows, tile=tile if order is None else tile[order])
         columns = replace(columns, tile=tile[column_order])
     return rows, columns
 
@@ -423,12 +424,13 @@ def _classify(
 ) -> tuple[Int[Tensor, "Z"], Int[Tensor, "Z"], Bool[Tensor, "Z"]]:
     """Drop pairs of blocks that earlier parts keep whole; tell which need no mask."""
     row, column = pairs
-    full = covers(own, query, key, pairs)
+    query, key = query[row], key[column]
+    full = covers(own, query, key)
     if not earlier:
         return row, column, full
-    taken = covers(earlier, query, key, pairs)
-    full &= ~may_touch(earlier, query, key, pairs)
-    return row[~taken], column[~taken], full[~taken]
+    left = (~covers(earlier, query, key)).nonzero()[:, 0]
+    full &= ~may_touch(earlier, query, key)
+    return row[left], column[left], full[left]
 
 
 def _compress(
@@ -439,25 +441,22 @@ def _compress(
     num_full_entries: int,
     *,
     is_sorted: bool,
-) -> tuple[Lists, Int[Tensor, "Z"]]:
-    """Sort entries by row, partial before full; also give the order that did it."""
-    num_entries = torch.bincount(major, minlength=num_major)
-    all_full = num_full_entries == full.numel()
-    uniform = all_full or not num_full_entries
-    if uniform:
-        num_full = num_entries if all_full else torch.zeros_like(num_entries)
-    else:
-        num_full = torch.bincount(major[full], minlength=num_major)
-    ptr = torch.nn.functional.pad(num_entries.cumsum(0), (1, 0)).to(torch.int32)
-    if is_sorted and uniform:
-        order, index = torch.arange(major.numel(), device=major.device), minor.to(torch.int32)
-    else:
-        rank = major.to(torch.int32) if uniform else major.to(torch.int32) * 2 + full
-        order = torch.sort(rank, stable=True).indices
-        index = minor[order].to(torch.int32)
-    empty = torch.empty(0, dtype=torch.int32, device=major.device)
-    first_full = (ptr[1:] - num_full).to(torch.int32)
-    return Lists(ptr[None], first_full[None], index, empty), order
+) -> tuple[Lists, Int[Tensor, "Z"] | None]:
+    """Sort entries by row, partial before full; also give the order that did it, if any did."""
+    uniform = num_full_entries in (0, full.numel())
+    rank = major.to(torch.int32)
+    rank = rank if uniform else rank * 2 + full
+    order, index = None, minor.to(torch.int32)
+    if not (is_sorted and uniform):
+        rank, order = torch.sort(rank, stable=True)
+        index = index[order]
+    steps = num_major if uniform else 2 * num_major
+    edges = torch.arange(steps + 1, device=rank.device, dtype=torch.int32)
+    place = torch.searchsorted(rank, edges, out_int32=True)
+    ptr = place if uniform else place[::2].contiguous()
+    first_full = ptr[:-1] if num_full_entries else ptr[1:]
+    first_full = (first_full if uniform else place[1::2]).contiguous()
+    return Lists(ptr[None], first_full[None], index, index.new_empty(0)), order
 
 
 def _draw_tiles(

@@ -145,11 +145,9 @@ def _agenda(parts: tuple["Part", ...], side: Side, num_tokens: int) -> Agenda:
     early = [getattr(parts[f[0]], side) for f in (families[:-1] if complete else families)]
     state_of, num_states = _state_places(early, num_tokens)
     fresh = bool(early) and early[0].num_tokens == num_states
-    if state_of.numel():
-        launches = tuple(
-            _mark_untouched(launch, getattr(parts[family[0]], side), state_of)
-            for launch, family in zip(launches, families, strict=True)
-        )
+    if complete and state_of.numel():  # earlier blocks have nothing but tokens in the state
+        last = _mark_untouched(launches[-1], getattr(parts[families[-1][0]], side), state_of)
+        launches = (*launches[:-1], last)
     return Agenda(launches, state_of, num_states, complete, fresh)
 
 
@@ -190,7 +188,8 @@ def _launch(parts: tuple["Part", ...], family: list[int], side: Side, num_tokens
     limit = _item_length(length, longest, own.size, max(b.size for b in others), num_tokens)
     items, splits, num_slots = _items(length, longest, limit)
     affine = tuple(_is_affine(x, b) for x, b in zip(lists, others, strict=True))
-    return Launch(items, part_ranges(lists, items), splits, tuple(family), affine, num_slots)
+    ranges = whole_ranges(lists, items) if longest <= limit else part_ranges(lists, items)
+    return Launch(items, ranges, splits, tuple(family), affine, num_slots)
 
 
 def _item_length(
@@ -242,19 +241,35 @@ def _items(
     return items, splits, int(slots.sum(1).max())
 
 
-def part_ranges(lists: list["Lists"], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
-    """Cut each item's range out of the list of every part of its block."""
-    block, first, last = (items[..., n].long().clamp(min=0) for n in range(3))
+def whole_ranges(lists: list["Lists"], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
+    """List the whole of each item's block in every part."""
+    block = items[..., :1].long().expand(-1, -1, 3)
     found = []
     for part in lists:
+        ends = torch.stack([part.ptr[:, :-1], part.full, part.ptr[:, 1:]], -1).gather(1, block)
+        found += [ends, _first_entries(part, ends[..., :2])]
+    return torch.cat(found, -1).unflatten(-1, (len(lists), 5))
+
+
+def _first_entries(part: "Lists", at: Int[Tensor, "G I 2"]) -> Int[Tensor, "G I 2"]:
+    """Look up the first partial and the first full block; anything where there is none."""
+    index = part.index if part.index.numel() else part.index.new_zeros(1)
+    return index[at.clamp(max=index.numel() - 1)]
+
+
+def part_ranges(lists: list["Lists"], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
+    """Cut each item's range out of the list of every part of its block."""
+    block, first, last = items[..., :3].long().clamp(min=0).unbind(-1)
+    found = []
+    for number, part in enumerate(lists):
         begin, end = part.ptr[:, :-1].gather(1, block), part.ptr[:, 1:].gather(1, block)
         low, high = torch.minimum(begin + first, end), torch.minimum(begin + last, end)
         middle = part.full.gather(1, block).clamp(min=low, max=high)
-        index = part.index if part.index.numel() else part.index.new_zeros(1)
-        at = torch.stack([low, middle], -1).clamp(max=index.numel() - 1)
-        found += [torch.stack([low, middle, high], -1), index[at.long()]]
-        first = (first - (end - begin)).clamp(min=0)
-        last = (last - (end - begin)).clamp(min=0)
+        ends = torch.stack([low, middle, high], -1)
+        found += [ends, _first_entries(part, ends[..., :2])]
+        if number + 1 < len(lists):
+            length = end - begin
+            first, last = (first - length).clamp(min=0), (last - length).clamp(min=0)
     return torch.cat(found, -1).unflatten(-1, (len(lists), 5)).to(torch.int32)
 
 
@@ -269,8 +284,7 @@ def _mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) 
 
 def size_class(length: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """Bits of a length: long items start first, of about equal ones neighbours stay together."""
-    powers = 2 ** torch.arange(32, device=length.device)
-    return torch.bucketize(length, powers, right=True)
+    return torch.frexp(length.double()).exponent
 
 
 def _pad(rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"]) -> Int[Tensor, "G I W"]:
@@ -288,23 +302,12 @@ def _pad(rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"]) -> Int[Tensor, "
 
 def _is_affine(lists: "Lists", blocks: Blocks) -> bool:
     """Whether full entries of every list are blocks that lie one after another."""
-    first, last = lists.full.flatten().long(), lists.ptr[:, 1:].flatten().long()
-    index = lists.index.long()
-    is_full = _inside(first, last, index.numel())
-    followed = is_full[:-1] & is_full[1:] & ~_starts(first, index.numel())[1:]
-    step = blocks.start[index[1:]] - blocks.start[index[:-1]]
-    return bool((~followed | (step == blocks.size * blocks.stride)).all())
-
-
-def _inside(first: Int[Tensor, "R"], last: Int[Tensor, "R"], size: int) -> Tensor:
-    """Mark the entries of the ranges first to last - 1."""
-    change = torch.zeros(size + 1, dtype=torch.int32, device=first.device)
-    change.index_add_(0, first, torch.ones_like(first, dtype=torch.int32))
-    change.index_add_(0, last, -torch.ones_like(last, dtype=torch.int32))
-    return change[:-1].cumsum(0) > 0
-
-
-def _starts(first: Int[Tensor, "R"], size: int) -> Tensor:
-    mark = torch.zeros(size + 1, dtype=torch.bool, device=first.device)
-    mark[first] = True
-    return mark[:-1]
+    end, first_full = lists.ptr[:, 1:].flatten(), lists.full.flatten()
+    if lists.ptr.shape[0] > 1:  # heads may share entries: then their rows come several times
+        end, order = torch.sort(end, stable=True)
+        first_full = first_full[order]
+    entry = torch.arange(lists.index.numel(), device=end.device, dtype=torch.int32)
+    row = torch.searchsorted(end, entry, right=True)
+    followed = (row[1:] == row[:-1]) & (entry >= first_full[row])[:-1]
+    step = blocks.start[lists.index].diff()
+    return not bool((followed & (step != blocks.size * blocks.stride)).any())

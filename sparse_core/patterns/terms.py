@@ -6,6 +6,7 @@ False; `covers`, never wrongly True) and, if it has a code, inside a kernel.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -43,26 +44,79 @@ class Tokens:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Boxes:
     """Bounds of blocks of tokens: inclusive, per axis, and of the index in the own sequence.
 
-    `length` is the token count of the sequence; a box that spans several sequences has the
-    smallest and the largest.
+    `bounds` holds the lower ones, then the upper ones: of the P axes, of the index, of the length
+    (tokens of the sequence) and of the number of the group that the block was cut from. A box that
+    spans several sequences or groups has the smallest and the largest.
     """
 
-    low: Int[Tensor, "*S P"]
-    high: Int[Tensor, "*S P"]
-    index_low: Int[Tensor, "*S"]
-    index_high: Int[Tensor, "*S"]
-    length_low: Int[Tensor, "*S"]
-    length_high: Int[Tensor, "*S"]
-    group_low: Int[Tensor, "*S"]
-    group_high: Int[Tensor, "*S"]
+    bounds: Int[Tensor, "2 P+3 S"]
 
-    def __getitem__(self, item: Int[Tensor, "..."]) -> "Boxes":
-        """Select boxes along the leading axis."""
-        return Boxes(*(getattr(self, name)[item] for name in self.__slots__))
+    def __len__(self) -> int:
+        return self.bounds.shape[2]
+
+    def __getitem__(self, item: Int[Tensor, "N"]) -> "Boxes":
+        """Select boxes."""
+        return Boxes(self.bounds.index_select(2, item))
+
+    def joined(self) -> "Boxes":
+        """Join neighbours two by two."""
+        lower, upper = self.bounds.unbind(0)
+        if len(self) % 2:
+            lower, upper = (torch.cat([x, x[:, -1:]], 1) for x in (lower, upper))
+        lower = torch.minimum(lower[:, ::2], lower[:, 1::2])
+        return Boxes(torch.stack([lower, torch.maximum(upper[:, ::2], upper[:, 1::2])]))
+
+    def on_axis(self, axis: int) -> tuple[Int[Tensor, "S"], Int[Tensor, "S"]]:
+        """Smallest and largest coordinate of each box."""
+        return self._rows[axis], self._rows[self.bounds.shape[1] + axis]
+
+    @property
+    def low(self) -> Int[Tensor, "S P"]:
+        """Smallest coordinates."""
+        return self.bounds[0, :-3].T
+
+    @property
+    def high(self) -> Int[Tensor, "S P"]:
+        """Largest coordinates."""
+        return self.bounds[1, :-3].T
+
+    @property
+    def index_low(self) -> Int[Tensor, "S"]:
+        """Smallest index in the own sequence."""
+        return self.on_axis(self.bounds.shape[1] - 3)[0]
+
+    @property
+    def index_high(self) -> Int[Tensor, "S"]:
+        """Largest index in the own sequence."""
+        return self.on_axis(self.bounds.shape[1] - 3)[1]
+
+    @property
+    def length_low(self) -> Int[Tensor, "S"]:
+        """Length of the shortest sequence."""
+        return self.on_axis(self.bounds.shape[1] - 2)[0]
+
+    @property
+    def length_high(self) -> Int[Tensor, "S"]:
+        """Length of the longest sequence."""
+        return self.on_axis(self.bounds.shape[1] - 2)[1]
+
+    @property
+    def group_low(self) -> Int[Tensor, "S"]:
+        """Smallest group."""
+        return self.on_axis(self.bounds.shape[1] - 1)[0]
+
+    @property
+    def group_high(self) -> Int[Tensor, "S"]:
+        """Largest group."""
+        return self.on_axis(self.bounds.shape[1] - 1)[1]
+
+    @cached_property
+    def _rows(self) -> tuple[Int[Tensor, "S"], ...]:
+        return self.bounds.flatten(0, 1).unbind(0)
 
 
 class Term(Protocol):
@@ -144,8 +198,8 @@ class Congruent:
         return (smallest == largest) & (smallest % self.stride == 0)
 
     def _differences(self, query: Boxes, key: Boxes) -> tuple[Tensor, Tensor]:
-        q_low, q_high = query.low[..., self.axis], query.high[..., self.axis]
-        k_low, k_high = key.low[..., self.axis], key.high[..., self.axis]
+        q_low, q_high = query.on_axis(self.axis)
+        k_low, k_high = key.on_axis(self.axis)
         smallest = q_low // self.block - k_high // self.block
         return smallest, q_high // self.block - k_low // self.block
 
@@ -213,6 +267,8 @@ class Members:
 
     def count_between(self, low: Int[Tensor, "*S"], high: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
         """Number of members in `low..high`, both inclusive."""
+        if not self.positions:
+            return (high.clamp(max=self.first - 1) - low + 1).clamp(min=0)
         sorted_members = torch.tensor(
             sorted(set(range(self.first)) | set(self.positions)), device=low.device, dtype=low.dtype
         )
@@ -279,5 +335,6 @@ def simplify(clause: Clause) -> Clause | None:
 
 
 def _differences(query: Boxes, key: Boxes, axis: int) -> tuple[Tensor, Tensor]:
-    smallest = query.low[..., axis] - key.high[..., axis]
-    return smallest, query.high[..., axis] - key.low[..., axis]
+    q_low, q_high = query.on_axis(axis)
+    k_low, k_high = key.on_axis(axis)
+    return q_low - k_high, q_high - k_low

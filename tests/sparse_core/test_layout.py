@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Bool
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_core import BlockLayout, build_layout, concat, merge, stack
 from sparse_core.layout import Lists
@@ -333,3 +334,34 @@ def test_all_of_a_layout_moves_and_nothing_else_is_a_leaf(layout: BlockLayout) -
         return sum(map(every_tensor, vars(value).values())) if is_dataclass(value) else 0
 
     assert every_tensor(layout) == len(leaves)
+
+
+class Operations(TorchDispatchMode):
+    """Count operations, views included: on a GPU building a layout takes as long as launching."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "most"),
+    [
+        (SlidingWindow(512), 300),
+        (SlidingWindow(256) | GlobalTokens(64), 1000),
+        (SlidingWindow(96) | GlobalTokens(128) | RandomBlocks(3, block=64), 1250),
+        (SlidingWindow(8), 850),
+        (SlidingWindow(8) | GlobalTokens(4), 1550),
+    ],
+    ids=str,
+)
+def test_layouts_take_few_operations_at_any_length(pattern: Pattern, most: int) -> None:
+    on_grid = "radius=8" in str(pattern)
+    with Operations() as few:
+        build_layout(pattern, make_tissue(5_000) if on_grid else 5_000)
+    with Operations() as many:
+        build_layout(pattern, make_tissue(80_000) if on_grid else 80_000)
+    assert few.number < most
+    assert many.number < most
