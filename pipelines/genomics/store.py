@@ -12,6 +12,8 @@ alone: on their ids, descriptions, letters, soft mask, labels, groups and splits
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -146,7 +148,7 @@ class SequenceStore:
         """
         if not 0 <= start <= end <= self.num_positions:
             raise ValueError(f"0 <= start <= end <= {self.num_positions}; got {start=}, {end=}")
-        packed = np.asarray(self._array()[start // PER_BYTE : -(-end // PER_BYTE)])
+        packed = self._stored(start // PER_BYTE, -(-end // PER_BYTE))
         tokens = self._decode(packed, start, end)
         low, high = np.searchsorted(self.offsets, [start, end])
         ends = self.offsets[max(low - 1, 0) : high] + self.lengths[max(low - 1, 0) : high]
@@ -160,7 +162,7 @@ class SequenceStore:
         """
         if self.fits_memory:
             return self._read_whole()[start:end]
-        return np.asarray(self._array()[start:end])
+        return self._stored(start, end)
 
     @property
     def fits_memory(self) -> bool:
@@ -218,7 +220,8 @@ class SequenceStore:
         return state
 
     def _column(self, name: str) -> ndarray:
-        return np.asarray(open_group(self.path)[name][:])
+        with _naming_damage(self.path):
+            return np.asarray(open_group(self.path)[name][:])
 
     @cached_property
     def _headers(self) -> tuple[tuple[str, ...], ...]:
@@ -237,7 +240,8 @@ class SequenceStore:
 
     @cached_property
     def _num_bytes(self) -> int:
-        return int(self._array().shape[0])
+        with _naming_damage(self.path):
+            return int(self._array().shape[0])
 
     def _forget(self) -> None:
         self._bases: zarr.Array | None = None
@@ -271,7 +275,7 @@ class SequenceStore:
 
     def _read_whole(self) -> UInt8[ndarray, "P"]:
         if self._whole is None:
-            self._whole = np.asarray(self._array()[:])
+            self._whole = self._stored(0, self._num_bytes)
         return self._whole
 
     def _read_chunks(self, start: int, end: int) -> UInt8[ndarray, "P"]:
@@ -285,16 +289,36 @@ class SequenceStore:
     def _chunk(self, number: int) -> UInt8[ndarray, "M"]:
         if number not in self._chunks:
             first = number * CHUNK_BYTES
-            self._chunks[number] = np.asarray(self._array()[first : first + CHUNK_BYTES])
+            self._chunks[number] = self._stored(first, first + CHUNK_BYTES)
             if len(self._chunks) > _CACHED_CHUNKS:
                 self._chunks.popitem(last=False)
         self._chunks.move_to_end(number)
         return self._chunks[number]
 
+    def _stored(self, start: int, end: int) -> UInt8[ndarray, "P"]:
+        with _naming_damage(self.path):
+            return np.asarray(self._array()[start:end])
+
     def _array(self) -> zarr.Array:
         if self._bases is None:
-            self._bases = open_group(self.path)["bases"]
+            bases = open_group(self.path)["bases"]
+            for number in range(-(-bases.shape[0] // SHARD_BYTES)):
+                shard = self.path / "bases" / "c" / str(number)
+                if not shard.exists():  # Zarr would read zeros, which are A
+                    raise InputError(f"{self.path} is damaged ({shard} is missing); {_AGAIN}")
+            self._bases = bases
         return self._bases
+
+
+_AGAIN = "remove it and ingest again"
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, ValueError, RuntimeError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
 
 def open_group(path: Path) -> zarr.Group:

@@ -1,11 +1,13 @@
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 
 from pipelines.genomics import store as store_module
 from pipelines.genomics import store_writer as writer_module
+from pipelines.genomics.__main__ import main
 from pipelines.genomics.alphabet import decode, encode
 from pipelines.genomics.ingest import ingest
 from pipelines.genomics.store import SequenceStore
@@ -205,3 +207,29 @@ def test_equal_letters_have_equal_digests(tmp_path):
 def test_no_labels_are_named(masked):
     with pytest.raises(InputError, match="labels=TABLE"):
         masked.label_table()
+
+
+def _cut_a_shard(store):
+    place = store / "bases" / "c" / "0"
+    place.write_bytes(place.read_bytes()[:-9] + b"123456789")
+
+
+@pytest.mark.parametrize(
+    ("harm", "word"),
+    [
+        (lambda store: (store / "bases" / "c" / "0").unlink(), "missing"),
+        (lambda store: shutil.rmtree(store / "records" / "header"), "header"),
+        (lambda store: (store / "bases" / "zarr.json").unlink(), "bases"),
+        (_cut_a_shard, "checksum"),
+    ],
+    ids=["no shard", "no headers", "no bases", "other bytes"],
+)
+def test_a_damaged_store_is_one_message(tmp_path, capsys, harm, word):
+    (tmp_path / "x.fa").write_text(">a\nACGTTGCANN\n>b\nGGTT\n")
+    store = ingest(tmp_path / "x.fa", tmp_path / "store", progress=False).path
+    harm(store)
+    assert main(["export", f"store={store}", f"out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {store} is damaged")
+    assert word in said
+    assert "ingest again" in said
