@@ -302,7 +302,7 @@ class SequenceStore:
     def _array(self) -> zarr.Array:
         if self._bases is None:
             bases = open_group(self.path)["bases"]
-            for number in range(-(-bases.shape[0] // SHARD_BYTES)):
+            for number in range(-(-bases.shape[0] // bases.shards[0])):
                 shard = self.path / "bases" / "c" / str(number)
                 if not shard.exists():  # Zarr would read zeros, which are A
                     raise InputError(f"{self.path} is damaged ({shard} is missing); {_AGAIN}")
