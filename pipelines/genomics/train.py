@@ -35,6 +35,8 @@ from pipelines.shared.record import is_main_process
 from pipelines.shared.study import architecture_of, begin_run, check_baselines, check_network
 from pipelines.shared.tables import write_table
 
+_FEW = 8
+"""Records that may each have a class of their own: a message about splits says more."""
 _MANY_TOKENS = 4096
 """As many as words make: the network is built for a look, before there is a tokenizer."""
 
@@ -133,6 +135,11 @@ def _prepare(collection: Collection, config: Mapping[str, Any], out: Path) -> Co
                 f"{len(table):,} records of {len(classes)} classes are left with a label and "
                 f"without copies; at least two classes are needed: see {out / 'duplicates.csv'}, "
                 "or use overlap=allow"
+            )
+        if 2 * len(classes) > len(table) > _FEW:
+            raise InputError(
+                f"{len(table):,} records have {len(classes):,} classes ({', '.join(classes[:3])}, "
+                "...): where labels are numbers use task=regression"
             )
         print(f"{len(classes)} classes ({', '.join(classes)})")
     table["split"] = assign(found.collection, config, stratify=classified)

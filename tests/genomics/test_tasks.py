@@ -229,6 +229,7 @@ def test_effects_and_maps_speak_of_labels_and_numbers(sets, numbers, records, tm
         (["columns.label=sets", "task=multilabel", "task.columns=[rich]"], ["labels=TABLE"]),
         (["columns.label=value", "task=regression", "task.loss=l1"], ["mse or huber", "'l1'"]),
         (["columns.label=value", "task=regression", "callbacks.select=auroc"], ["r2"]),
+        (["columns.label=value"], ["150 records have", "use task=regression"]),
         (["columns.label=sets", "task=survival_cox"], ["task=survival_cox", "task=tracks"]),
     ],
     ids=lambda x: " ".join(x),
