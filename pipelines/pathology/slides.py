@@ -273,6 +273,11 @@ def _open_handle(path: Path) -> openslide.AbstractSlide:
         image = _open_image(path)
         if image is not None:
             return image
+        if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+            reason = (
+                f"a MIRAX slide is kept in the folder {path.stem!r} beside it, which is missing"
+            )
+            raise SlideError("unreadable", reason, "copy the folder, too") from error
         reason = f"OpenSlide does not know this format ({size:,} bytes, {_first_bytes(path)})"
         raise SlideError("unreadable", reason, CONVERT_REMEDY) from error
     except openslide.OpenSlideError as error:

@@ -53,9 +53,15 @@ def test_tiles_count_from_the_filled_part(slide: Path, tmp_path: Path) -> None:
     assert stored.attributes["bounds"] == [LEFT, TOP, 1024, 512]
 
 
-@pytest.mark.parametrize("lost", ["folder", "data"])
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("folder", "in the folder 'case_1' beside it"),
+        ("data", "Short read of file"),
+    ],
+)
 def test_a_slide_without_its_files_is_listed_and_the_others_are_done(
-    slide: Path, image: np.ndarray, tmp_path: Path, lost: str
+    slide: Path, image: np.ndarray, tmp_path: Path, lost: str, message: str
 ) -> None:
     write_mirax(slide.with_name("case_2.mrxs"), image, at=(0, 0), grid=(8, 8))
     if lost == "folder":
@@ -65,4 +71,5 @@ def test_a_slide_without_its_files_is_listed_and_the_others_are_done(
     assert run(f"slides={slide.parent}", f"out={tmp_path / 'out'}") == 3
     failures = pd.read_csv(tmp_path / "out" / "failures.csv")
     assert failures[["slide_id", "status"]].to_numpy().tolist() == [["case_1", "unreadable"]]
+    assert message in " ".join(failures.loc[0, ["reason", "remedy"]])
     assert len(read_slide(slide_folder(tmp_path / "out" / "features", "case_2"))) >= 28
