@@ -14,7 +14,6 @@ from numpy import ndarray
 from pipelines.genomics.alphabet import LETTERS
 from pipelines.genomics.batches import DIGEST_BYTES, NO_RUNS, Batch
 from pipelines.genomics.packing import PER_BYTE
-from pipelines.genomics.shards import ShardedBytes
 from pipelines.genomics.store import CHUNK_BYTES, SCHEMA, SHARD_BYTES
 
 
@@ -36,8 +35,14 @@ class StoreWriter:
 
     def __init__(self, path: Path, workers: Executor, *, num_workers: int) -> None:
         self._group = zarr.create_group(path)
-        self._bases = ShardedBytes(
-            self._group, "bases", path, chunk=CHUNK_BYTES, shard=SHARD_BYTES, level=_LEVEL
+        self._bases = self._group.create_array(
+            "bases",
+            shape=(0,),
+            dtype="uint8",
+            chunks=(CHUNK_BYTES,),
+            shards=(SHARD_BYTES,),
+            compressors=zarr.codecs.ZstdCodec(level=_LEVEL, checksum=True),
+            config={"write_empty_chunks": True},  # looking for empty ones takes longer than writing
         )
         for name in ("records", "others"):
             self._group.create_group(name)
@@ -108,17 +113,20 @@ class StoreWriter:
         packed = np.frombuffer(b"".join(self._pending), dtype=np.uint8)
         end = packed.size // SHARD_BYTES * SHARD_BYTES if whole else packed.size
         first = self._num_bytes - packed.size
-        self._bases.resize(first + end)
+        self._bases.resize((first + end,))
         for start in range(0, end, SHARD_BYTES):
-            number = (first + start) // SHARD_BYTES
-            self._write_shard(number, packed[start : min(start + SHARD_BYTES, end)])
+            shard = packed[start : min(start + SHARD_BYTES, end)]
+            self._write_shard(first + start, shard)
         self._pending = [memoryview(packed[end:].tobytes())]
         self._num_pending = packed.size - end
 
-    def _write_shard(self, number: int, shard: UInt8[ndarray, "S"]) -> None:
+    def _write_shard(self, start: int, shard: UInt8[ndarray, "S"]) -> None:
         while len(self._writes) > self._num_workers:
             self._writes.pop(0).result()
-        self._writes.append(self._workers.submit(self._bases.put, number, shard))
+        self._writes.append(self._workers.submit(self._put, start, shard))
+
+    def _put(self, start: int, shard: UInt8[ndarray, "S"]) -> None:
+        self._bases[start : start + shard.size] = shard
 
     def _write_columns(self) -> None:
         columns = self._columns

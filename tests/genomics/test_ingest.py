@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from pipelines.genomics import batches as batches_module
 from pipelines.genomics import ingest as ingest_module
-from pipelines.genomics import shards as shards_module
 from pipelines.genomics.__main__ import main
 from pipelines.genomics.alphabet import decode
 from pipelines.genomics.batches import COUNTED, NO_RUNS, parse_batch
@@ -422,7 +421,7 @@ def test_a_full_disk_is_one_message(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards_module.ShardedBytes, "put", fail)
+    monkeypatch.setattr(ingest_module.StoreWriter, "_put", fail)
     with pytest.raises(InputError, match=r"No space left on device.*another folder"):
         ingest(put(tmp_path / "x.fa", FASTA), tmp_path / "s")
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.fa"]
