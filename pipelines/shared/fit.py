@@ -49,6 +49,8 @@ _AGREE_EVERY = 50  # steps between two questions of several processes whether to
 
 Network = TypeVar("Network", bound=nn.Module)
 Select = Literal["loss", "last", "auroc", "r2", "c_index"]
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+"""Lightning's names of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,11 @@ class FitSettings:
         if self.select not in get_args(Select):
             choices = ", ".join(get_args(Select))
             raise InputError(f"callbacks.select must be one of {choices}; got {self.select!r}")
+        if self.precision not in PRECISIONS:
+            choices = ", ".join(PRECISIONS)
+            raise InputError(f"trainer.precision is one of {choices}; got {self.precision!r}")
+        if self.seed < 0:
+            raise InputError(f"seed must not be negative; got {self.seed}")
         if self.logger not in LOGGERS:
             raise InputError(f"logger must be one of {', '.join(LOGGERS)}; got {self.logger!r}")
 

@@ -445,6 +445,8 @@ def test_class_weights_balance_the_classes(
         ({"max_tokens": -1}, "max_tokens must be at least 1"),
         ({"save_seconds": -1.0}, "save_seconds must not be negative"),
         ({"select": "best"}, "callbacks.select must be one"),
+        ({"precision": "fp8"}, "trainer.precision is one of 32-true, bf16-mixed"),
+        ({"seed": -1}, "seed must not be negative; got -1"),
         ({"logger": "paper"}, "logger must be one of"),
     ],
 )
