@@ -118,7 +118,7 @@ BAD_SLIDES: dict[str, tuple[Callable[[Desk], Any], str, str]] = {
     "TIFF header alone": (lambda d: d.bytes("bad.tiff", b"II*\0"), "unreadable", "4 bytes"),
     "DICOM cut off": (lambda d: d.bytes("bad.dcm", bytes(128) + b"DICM"), "unreadable", "132 "),
     "MIRAX without its folder": (
-        lambda d: d.bytes("bad.mrxs", b"\xff\xd8\xff\xe0" + bytes(99)), "unreadable", "folder 'bad'"),
+        lambda d: d.bytes("bad.mrxs", b"\xff\xd8\xff\xe0" + bytes(99)), "unreadable", "beside it"),
     "half a slide": (lambda d: cut(d.tiff("bad.tiff"), 0.5), "unreadable", "bytes"),
     "damage in the middle": (lambda d: damage(d.tiff("bad.tiff")), "unreadable", "fails"),
     "link to nowhere": (
