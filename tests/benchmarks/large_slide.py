@@ -163,7 +163,8 @@ def _train(folder: Path) -> Path:
         for number in range(8):
             split = ("train", "train", "val", "test")[number // 2]
             rows.append(f"small_{number},{'ab'[number % 2]},{split}")
-            write_slide(folder / "slides" / f"small_{number}.tiff", side=1536)
+            side = 1536 + TILE_PX * number  # no copies of each other
+            write_slide(folder / "slides" / f"small_{number}.tiff", side=side)
         (folder / "labels.csv").write_text("\n".join(rows) + "\n")
         done = run_watched(
             ["-m", "pipelines.pathology", "train", f"slides={folder / 'slides'}",
