@@ -12,6 +12,7 @@ from pipelines.genomics.leaks import FEW
 from pipelines.genomics.study import BASELINES, LEAKS, leaking_ids, title_baselines
 from pipelines.shared.assessment import Assessment, assess, require_same_rows
 from pipelines.shared.errors import InputError
+from pipelines.shared.evaluation import check_scores
 from pipelines.shared.record import RunState, finish_run, open_run
 from pipelines.shared.report import Words, summarise, write_report
 from pipelines.shared.saved_predictions import MODEL, Parts, find_tables, read_parts
@@ -54,13 +55,7 @@ def evaluate(config: dict[str, Any]) -> int:
 
 def check_scoring(config: Mapping[str, Any]) -> None:
     """Raise InputError for settings of `genomics_scoring` that mean nothing."""
-    known = (MODEL, *BASELINES)
-    if config["reference"] is not None and config["reference"] not in known:
-        raise InputError(f"reference is one of {', '.join(known)}; got {config['reference']!r}")
-    if config["threshold"] is not None and not 0 <= config["threshold"] <= 1:
-        raise InputError(f"threshold is a probability; got {config['threshold']}")
-    if config["resamples"] < 0:
-        raise InputError(f"resamples must not be negative; got {config['resamples']}")
+    check_scores(config, (MODEL, *BASELINES))
     if config["subgroups"]:
         _read_subgroups(config)
 

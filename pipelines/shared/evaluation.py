@@ -12,12 +12,14 @@ that another training would give other models is not in them, but shows in the v
 A resample in which a fold has no value (a class is not in it) averages the other folds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.shared.errors import InputError
 from pipelines.shared.metrics import (
     ClassPredictions,
     Floats,
@@ -69,6 +71,17 @@ class Estimate:
         """Mean over the folds of this score minus the other one, paired by fold and resample."""
         reasons = tuple(a or b for a, b in zip(self.reasons, other.reasons, strict=True))
         return _summarise(self.folds - other.folds, self.resampled - other.resampled, reasons)
+
+
+def check_scores(config: Mapping[str, Any], models: Iterable[str]) -> None:
+    """Raise InputError for settings of scores that mean nothing."""
+    known = tuple(models)
+    if config["reference"] is not None and config["reference"] not in known:
+        raise InputError(f"reference is one of {', '.join(known)}; got {config['reference']!r}")
+    if config["threshold"] is not None and not 0 <= config["threshold"] <= 1:
+        raise InputError(f"threshold is a probability; got {config['threshold']}")
+    if config["resamples"] < 0:
+        raise InputError(f"resamples must not be negative; got {config['resamples']}")
 
 
 def estimate(
