@@ -17,3 +17,8 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set GIGASPARSE_REAL_DATA")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest in one piece, so that no process waits for it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_interpreter.py")
