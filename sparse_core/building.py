@@ -424,6 +424,8 @@ def _classify(
 ) -> tuple[Int[Tensor, "Z"], Int[Tensor, "Z"], Bool[Tensor, "Z"]]:
     """Drop pairs of blocks that earlier parts keep whole; tell which need no mask."""
     row, column = pairs
+    if not earlier and () in own:
+        return row, column, torch.ones_like(row, dtype=torch.bool)
     query, key = query[row], key[column]
     full = covers(own, query, key)
     if not earlier:
