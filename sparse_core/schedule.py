@@ -1,7 +1,8 @@
 """In what pieces and in what order kernels work through a layout.
 
-Parts that cut a side into the same blocks share a launch. Launches follow one another: all but the
-last leave what they found of their tokens in a float32 state, from which the next goes on. Lists
+Parts share a launch where the blocks of one are all among those of the other. Launches follow one
+another: all but the last leave what they found of their tokens in a float32 state, from which the
+next goes on. Lists
 much longer than the rest are cut into items of about equal size, whose pieces are joined in a fixed
 order, so that results are the same in every run.
 """
@@ -42,8 +43,9 @@ class Launch:
 
     `ranges` says what items say part by part, so that a kernel need not read one number to find the
     next: where in the part's list an item begins, up to where entries need a mask, where it ends,
-    and the blocks at the first and the second of these. `affine` says of each part whether full
-    blocks of any list follow one another in memory.
+    and the blocks at the first and the second of these. The first of `part_numbers` has all blocks
+    that the launch works through. `affine` says of each part whether full blocks of any list follow
+    one another in memory.
     """
 
     items: Int[Tensor, "G I 4"]
@@ -122,31 +124,67 @@ def _counts_up(coords: Int[Tensor, "T"], lengths: Int[Tensor, "S"] | None) -> bo
     return torch.equal(coords.long(), token)
 
 
-def _agenda(parts: tuple["Part", ...], side: Side, num_tokens: int) -> Agenda:
-    families: list[list[int]] = []
-    for number, part in enumerate(parts):
-        mine = getattr(part, side)
-        same = (f for f in families if _same_blocks(getattr(parts[f[0]], side), mine))
-        family = next(same, None)
-        if family is None:
-            families.append([number])
+@dataclass(frozen=True)
+class Family:
+    """Parts that share a launch: the numbers of each, and where its blocks are among the first's.
+
+    No places where they are the same blocks in the same order.
+    """
+
+    blocks: Blocks
+    numbers: list[int]
+    places: list[Int[Tensor, "R"] | None]
+    num_blocks: int
+
+
+def _families(parts: tuple["Part", ...], side: Side) -> list[Family]:
+    """Put parts together, those that reach most tokens first."""
+    sides: list[Blocks] = [getattr(part, side) for part in parts]
+    families: list[Family] = []
+    for number in sorted(range(len(parts)), key=lambda n: sides[n].num_tokens, reverse=True):
+        for index, family in enumerate(families):
+            found, places = _places(family.blocks, sides[number])
+            if found:
+                families[index] = replace(
+                    family,
+                    numbers=[*family.numbers, number],
+                    places=[*family.places, places],
+                    num_blocks=family.num_blocks + parts[number].num_blocks,
+                )
+                break
         else:
-            family.append(number)
+            families.append(Family(sides[number], [number], [None], parts[number].num_blocks))
+    return sorted(families, key=lambda f: (f.blocks.num_tokens, f.num_blocks), reverse=True)
 
-    def reach(family: list[int]) -> tuple[int, int]:
-        blocks: Blocks = getattr(parts[family[0]], side)
-        return blocks.num_tokens, sum(parts[n].num_blocks for n in family)
 
-    families.sort(key=reach, reverse=True)
-    complete = bool(families) and reach(families[0])[0] == num_tokens
+def _places(base: Blocks, blocks: Blocks) -> tuple[bool, Int[Tensor, "R"] | None]:
+    """Tell whether blocks are all among those of `base`, and where if not all in their order."""
+    if base is blocks:
+        return True, None
+    alike = (base.order.numel(), base.stride, base.size)
+    if alike != (blocks.order.numel(), blocks.stride, blocks.size) or len(blocks) > len(base):
+        return False, None
+    if base.order.numel() and not torch.equal(base.order, blocks.order):
+        return False, None
+    if len(base) == len(blocks) and torch.equal(base.start, blocks.start):
+        return torch.equal(base.count, blocks.count), None
+    starts, order = torch.sort(base.start)
+    places = order[torch.searchsorted(starts, blocks.start).clamp(max=len(base) - 1)]
+    same = (base.start[places] == blocks.start) & (base.count[places] == blocks.count)
+    return bool(same.all()), places
+
+
+def _agenda(parts: tuple["Part", ...], side: Side, num_tokens: int) -> Agenda:
+    families = _families(parts, side)
+    complete = bool(families) and families[0].blocks.num_tokens == num_tokens
     if complete:
         families.append(families.pop(0))
     launches = tuple(_launch(parts, family, side, num_tokens) for family in families)
-    early = [getattr(parts[f[0]], side) for f in (families[:-1] if complete else families)]
+    early = [family.blocks for family in (families[:-1] if complete else families)]
     state_of, num_states = _state_places(early, num_tokens)
     fresh = bool(early) and early[0].num_tokens == num_states
     if complete and state_of.numel():  # earlier blocks have nothing but tokens in the state
-        last = _mark_untouched(launches[-1], getattr(parts[families[-1][0]], side), state_of)
+        last = _mark_untouched(launches[-1], families[-1].blocks, state_of)
         launches = (*launches[:-1], last)
     return Agenda(launches, state_of, num_states, complete, fresh)
 
@@ -166,30 +204,44 @@ def _state_places(early: list[Blocks], num_tokens: int) -> tuple[Int[Tensor, "T"
     return torch.where(known, place, -1).to(torch.int32), int(known.sum())
 
 
-def _same_blocks(a: Blocks, b: Blocks) -> bool:
-    if a is b:
-        return True
-    alike = (len(a), a.order.numel(), a.stride, a.size) == (
-        len(b), b.order.numel(), b.stride, b.size,
-    )  # fmt: skip
-    return alike and all(
-        torch.equal(x, y) for x, y in ((a.start, b.start), (a.count, b.count), (a.order, b.order))
-    )
+@dataclass(frozen=True)
+class Rows:
+    """Where each block's list lies in `entries`: begin, the first full entry, end."""
+
+    begin: Int[Tensor, "G R"]
+    middle: Int[Tensor, "G R"]
+    end: Int[Tensor, "G R"]
+    entries: Int[Tensor, "Z"]
 
 
-def _launch(parts: tuple["Part", ...], family: list[int], side: Side, num_tokens: int) -> Launch:
+def rows_of(lists: "Lists", places: Int[Tensor, "N"] | None = None, num_blocks: int = 0) -> Rows:
+    """Read a part's lists as those of a launch's blocks; blocks that it lacks have none."""
+    ends = lists.ptr[:, :-1], lists.full, lists.ptr[:, 1:]
+    if places is None:
+        return Rows(*ends, lists.index)
+    spread = lists.full.new_zeros((3, lists.full.shape[0], num_blocks))
+    spread[:, :, places] = torch.stack(ends)
+    begin, middle, end = spread
+    return Rows(begin, middle, end, lists.index)
+
+
+def _launch(parts: tuple["Part", ...], family: Family, side: Side, num_tokens: int) -> Launch:
     other = "keys" if side == "queries" else "queries"
-    lists = [parts[n].rows if side == "queries" else parts[n].columns for n in family]
-    others: list[Blocks] = [getattr(parts[n], other) for n in family]
-    own: Blocks = getattr(parts[family[0]], side)
-    length = sum((x.ptr[:, 1:] - x.ptr[:, :-1]).long() for x in lists)
+    lists = [parts[n].rows if side == "queries" else parts[n].columns for n in family.numbers]
+    rows = [
+        rows_of(x, places, len(family.blocks))
+        for x, places in zip(lists, family.places, strict=True)
+    ]
+    others: list[Blocks] = [getattr(parts[n], other) for n in family.numbers]
+    length = sum((x.end - x.begin).long() for x in rows)
     assert isinstance(length, Tensor)
     longest = int(length.max()) if length.numel() else 0
-    limit = _item_length(length, longest, own.size, max(b.size for b in others), num_tokens)
+    own_size, other_size = family.blocks.size, max(b.size for b in others)
+    limit = _item_length(length, longest, own_size, other_size, num_tokens)
     items, splits, num_slots = _items(length, longest, limit)
     affine = tuple(_is_affine(x, b) for x, b in zip(lists, others, strict=True))
-    ranges = whole_ranges(lists, items) if longest <= limit else part_ranges(lists, items)
-    return Launch(items, ranges, splits, tuple(family), affine, num_slots)
+    ranges = whole_ranges(rows, items) if longest <= limit else part_ranges(rows, items)
+    return Launch(items, ranges, splits, tuple(family.numbers), affine, num_slots)
 
 
 def _item_length(
@@ -241,36 +293,36 @@ def _items(
     return items, splits, int(slots.sum(1).max())
 
 
-def whole_ranges(lists: list["Lists"], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
+def whole_ranges(rows: list[Rows], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
     """List the whole of each item's block in every part."""
     block = items[..., :1].long().expand(-1, -1, 3)
     found = []
-    for part in lists:
-        ends = torch.stack([part.ptr[:, :-1], part.full, part.ptr[:, 1:]], -1).gather(1, block)
+    for part in rows:
+        ends = torch.stack([part.begin, part.middle, part.end], -1).gather(1, block)
         found += [ends, _first_entries(part, ends[..., :2])]
-    return torch.cat(found, -1).unflatten(-1, (len(lists), 5))
+    return torch.cat(found, -1).unflatten(-1, (len(rows), 5))
 
 
-def _first_entries(part: "Lists", at: Int[Tensor, "G I 2"]) -> Int[Tensor, "G I 2"]:
+def _first_entries(part: Rows, at: Int[Tensor, "G I 2"]) -> Int[Tensor, "G I 2"]:
     """Look up the first partial and the first full block; anything where there is none."""
-    index = part.index if part.index.numel() else part.index.new_zeros(1)
-    return index[at.clamp(max=index.numel() - 1)]
+    entries = part.entries if part.entries.numel() else part.entries.new_zeros(1)
+    return entries[at.clamp(max=entries.numel() - 1)]
 
 
-def part_ranges(lists: list["Lists"], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
+def part_ranges(rows: list[Rows], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
     """Cut each item's range out of the list of every part of its block."""
     block, first, last = items[..., :3].long().clamp(min=0).unbind(-1)
     found = []
-    for number, part in enumerate(lists):
-        begin, end = part.ptr[:, :-1].gather(1, block), part.ptr[:, 1:].gather(1, block)
+    for number, part in enumerate(rows):
+        begin, end = part.begin.gather(1, block), part.end.gather(1, block)
         low, high = torch.minimum(begin + first, end), torch.minimum(begin + last, end)
-        middle = part.full.gather(1, block).clamp(min=low, max=high)
+        middle = part.middle.gather(1, block).clamp(min=low, max=high)
         ends = torch.stack([low, middle, high], -1)
         found += [ends, _first_entries(part, ends[..., :2])]
-        if number + 1 < len(lists):
+        if number + 1 < len(rows):
             length = end - begin
             first, last = (first - length).clamp(min=0), (last - length).clamp(min=0)
-    return torch.cat(found, -1).unflatten(-1, (len(lists), 5)).to(torch.int32)
+    return torch.cat(found, -1).unflatten(-1, (len(rows), 5)).to(torch.int32)
 
 
 def _mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) -> Launch:

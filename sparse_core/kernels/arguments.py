@@ -1,13 +1,18 @@
 """From a layout and its schedule to what kernels take."""
 
+from functools import cache
 from typing import NamedTuple
 
+import torch
 import triton
+from jaxtyping import Int
 from torch import Tensor
 
 from sparse_core.blocking import Blocks
+from sparse_core.kernels import INTERPRETED
+from sparse_core.kernels.tiles import BOXED, FULL_BOXED, NO_BOX
 from sparse_core.layout import BlockLayout, Lists, Part
-from sparse_core.masking import CONGRUENT, INTERVAL, Program, decode
+from sparse_core.masking import CONGRUENT, INTERVAL, KEY_FLAG, QUERY_FLAG, Program, decode
 from sparse_core.schedule import Launch, Side
 
 Clauses = tuple[tuple[tuple[int, int, int, bool], ...], ...]
@@ -28,7 +33,10 @@ class Own(NamedTuple):
 
 
 class Other(NamedTuple):
-    """A part's lists, and the blocks of the other side that they name."""
+    """A part's lists, and the blocks of the other side that they name.
+
+    `barring` says of each block whether it holds tokens that flags leave out of the part.
+    """
 
     ptr: Tensor
     full: Tensor
@@ -38,6 +46,7 @@ class Other(NamedTuple):
     counts: Tensor
     order: Tensor
     bits: Tensor
+    barring: Tensor
     size: int
     stride: int
     tile_rows: int
@@ -48,7 +57,7 @@ class Meta(NamedTuple):
     """What of a part is compiled into a kernel; see the functions of `tiles`.
 
     A clause is a tuple of terms (code, axis, place of the first of its numbers, whether those are
-    within 2**30).
+    within 2**30). `boxed` is NO_BOX, FULL_BOXED or BOXED.
     """
 
     small: int
@@ -56,6 +65,7 @@ class Meta(NamedTuple):
     ragged: bool
     indexed: bool
     wide: bool
+    boxed: int
     natural: bool
     relative: bool
     regular: bool
@@ -77,16 +87,16 @@ def own_side(blocks: Blocks) -> Own:
 
 
 def other_side(
-    layout: BlockLayout, launch: Launch, side: Side, tile: int, token_elements: int
+    layout: BlockLayout, launch: Launch, side: Side, tile: int, token_elements: int, boxes: bool
 ) -> tuple[tuple[Other, ...], tuple[tuple[int, ...], ...], tuple[Meta, ...]]:
     """Describe each part of a launch for tiles of `tile` tokens: pointers, numbers, constants.
 
-    `token_elements` is how far apart tokens lie in memory.
+    `token_elements` is how far apart tokens lie in memory; `boxes` whether tensors allow boxes.
     """
     others, numbers, metas = [], [], []
     for number, affine in zip(launch.part_numbers, launch.affine, strict=True):
         part = layout.parts[number]
-        others.append(_other(part, side))
+        others.append(_other(layout, part, side))
         natural = _is_natural(layout, part.program)
         blocks = part.keys if side == "queries" else part.queries
         relative = natural and not blocks.order.numel() and _is_relative(layout, part.program)
@@ -99,6 +109,7 @@ def other_side(
                 ragged=blocks.size % tile != 0,
                 indexed=blocks.order.numel() > 0,
                 wide=_is_wide(blocks, tile, token_elements),
+                boxed=_boxed(blocks, tile) if boxes else NO_BOX,
                 natural=natural,
                 relative=relative,
                 regular=blocks.regular,
@@ -115,6 +126,36 @@ def _is_wide(blocks: Blocks, tile: int, token_elements: int) -> bool:
     """Whether a lane's place, from its tile's first token on, may exceed 32 bits."""
     gathered = blocks.order.numel() > 0 or blocks.size < tile
     return gathered or tile * blocks.stride * token_elements >= 2**31
+
+
+def _boxed(blocks: Blocks, tile: int) -> int:
+    """Tell whose tiles are boxes in memory.
+
+    Lanes beyond a partial block may lie in another sequence, of which nothing may be read.
+    """
+    if blocks.order.numel() or blocks.stride != 1 or blocks.size % tile:
+        return NO_BOX
+    return BOXED if blocks.regular else FULL_BOXED
+
+
+def takes_boxes(head_dim: int, tensors: tuple[Tensor, Tensor]) -> bool:
+    """Whether tiles of these tensors [B, T, H, D] may come by the tensor memory accelerator.
+
+    It is there from compute capability 9.0 on and wants addresses and strides of 16 bytes (CUDA
+    programming guide, tensor maps). Channels that come in two pieces have no boxes.
+    """
+    if tensors[0].element_size() != 2 or split_head_dim(head_dim) != (head_dim, 0):
+        return False
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
+        for x in tensors
+    )
+    return aligned and _has_accelerator(tensors[0].device)
+
+
+@cache
+def _has_accelerator(device: torch.device) -> bool:
+    return INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _is_natural(layout: BlockLayout, program: Program) -> bool:
@@ -149,13 +190,28 @@ def tile_of(size: int, wanted: int) -> int:
     return max(MIN_TILE, min(wanted, int(triton.next_power_of_2(size))))
 
 
-def _other(part: Part, side: Side) -> Other:
+def _other(layout: BlockLayout, part: Part, side: Side) -> Other:
     lists: Lists = part.rows if side == "queries" else part.columns
     blocks = part.keys if side == "queries" else part.queries
     return Other(
         lists.ptr, lists.full, lists.index, lists.tile, blocks.start, blocks.count, blocks.order,
-        part.tiles, blocks.size, blocks.stride, part.tiles.shape[1], part.tiles.shape[2],
+        part.tiles, _barring(layout, part, side), blocks.size, blocks.stride,
+        part.tiles.shape[1], part.tiles.shape[2],
     )  # fmt: skip
+
+
+def _barring(layout: BlockLayout, part: Part, side: Side) -> Int[Tensor, "R"]:
+    blocks, flags, code = (
+        (part.keys, layout.key_flags, KEY_FLAG)
+        if side == "queries"
+        else (part.queries, layout.query_flags, QUERY_FLAG)
+    )
+    earlier = decode(part.program)[1] if part.program else []
+    bits = sum({1 << clause[0][1] for clause in earlier if clause[0][0] == code})
+    if not bits:
+        return blocks.count[:0]
+    tokens, exists = blocks.tokens()
+    return (((flags[tokens] & bits) != 0) & exists).any(1).to(torch.int32)
 
 
 def _clauses(program: Program, limit: int | None) -> tuple[Clauses, tuple[int, ...]]:

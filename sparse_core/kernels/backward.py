@@ -18,6 +18,7 @@ from sparse_core.kernels.tiles import (
     keep_pairs,
     load_coords,
     load_rows,
+    load_tile,
     next_block,
     num_tiles,
     other_axes,
@@ -27,7 +28,6 @@ from sparse_core.kernels.tiles import (
     part_range,
     ragged,
     store_rows,
-    wide,
 )
 
 
@@ -44,6 +44,10 @@ def query_steps(
     delta,
     k,
     v,
+    k_box,
+    v_box,
+    sample,
+    kv_head,
     key_bias,
     slope,
     part,
@@ -74,23 +78,34 @@ def query_steps(
     """Add what the list entries first to last - 1 of one part give to dQ."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
-    GUARD: tl.constexpr = CHECK and guarded(META, S)
-    WIDE: tl.constexpr = wide(META, S)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
         origin, rows, lanes, exists, end, entry, inner = other_tokens(
             part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
         )
+        here = block
         if not AFFINE:
             block = next_block(part, META, S, first, last, tile + 1, BLOCK)
         tokens = origin + rows
-        k1 = load_rows(k, origin, rows, stride_k, exists, D, 0, D1, GUARD, WIDE)
-        v1 = load_rows(v, origin, rows, stride_v, exists, D, 0, D1, GUARD, WIDE)
+        k1 = load_tile(
+            k, k_box, sample, kv_head, origin, rows, stride_k, exists, D, 0, D1,
+            META, S, MASKED, CHECK,
+        )  # fmt: skip
+        v1 = load_tile(
+            v, v_box, sample, kv_head, origin, rows, stride_v, exists, D, 0, D1,
+            META, S, MASKED, CHECK,
+        )  # fmt: skip
         scores = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         slopes = tl.dot(do1, tl.trans(v1), input_precision=PRECISION)
         k2 = k1
         if D2 > 0:
-            k2 = load_rows(k, origin, rows, stride_k, exists, D, D1, D2, GUARD, WIDE)
-            v2 = load_rows(v, origin, rows, stride_v, exists, D, D1, D2, GUARD, WIDE)
+            k2 = load_tile(
+                k, k_box, sample, kv_head, origin, rows, stride_k, exists, D, D1, D2,
+                META, S, MASKED, CHECK,
+            )  # fmt: skip
+            v2 = load_tile(
+                v, v_box, sample, kv_head, origin, rows, stride_v, exists, D, D1, D2,
+                META, S, MASKED, CHECK,
+            )  # fmt: skip
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
             slopes = tl.dot(do2, tl.trans(v2), slopes, input_precision=PRECISION)
         scale = scale_log2
@@ -106,10 +121,9 @@ def query_steps(
             scores -= (slope * LOG2_E) * distance(my_coords, other_coords, P)
         weights = tl.math.exp2(scores * scale - row_shift[:, None])
         if MASKED:
-            other_flags = tl.load(key_flags + tokens, mask=exists, other=0)
             weights = keep_pairs(
-                weights, part, numbers, META, S, my_coords, other_coords, own_flags, other_flags,
-                own_inner, exists, end, entry, inner, True, 0.0,
+                weights, part, numbers, META, S, my_coords, other_coords, own_flags,
+                key_flags + tokens, own_inner, here, exists, end, entry, inner, True, 0.0,
             )  # fmt: skip
         elif CHECK:
             weights = tl.where(exists[None, :], weights, 0.0)
@@ -133,6 +147,8 @@ def query_kernel(
     q,
     k,
     v,
+    k_box,
+    v_box,
     out,
     grad_out,
     lse,
@@ -255,15 +271,17 @@ def query_kernel(
     for s in tl.static_range(NUM_PARTS):
         begin, middle, end, partial_block, full_block = part_range(ranges, item, s, NUM_PARTS)
         dq1, dq2, by_distance = query_steps(
-            dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, key_bias, slope,
-            parts[s], num_keys, numbers[s], key_coords, key_flags, tokens, own_coords, own_flags,
-            own_inner, begin, middle, partial_block, stride_kt, stride_vt, scale_log2,
+            dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, k_box, v_box,
+            sample, kv_head, key_bias, slope, parts[s], num_keys, numbers[s],
+            key_coords, key_flags, tokens, own_coords, own_flags, own_inner,
+            begin, middle, partial_block, stride_kt, stride_vt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
         dq1, dq2, by_distance = query_steps(
-            dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, key_bias,
-            slope, parts[s], num_keys, numbers[s], key_coords, key_flags, tokens, own_coords,
-            own_flags, own_inner, middle, end, full_block, stride_kt, stride_vt, scale_log2,
+            dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, k_box, v_box,
+            sample, kv_head, key_bias, slope, parts[s], num_keys, numbers[s],
+            key_coords, key_flags, tokens, own_coords, own_flags, own_inner,
+            middle, end, full_block, stride_kt, stride_vt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
     if slope is not None:
@@ -305,6 +323,10 @@ def key_steps(
     own_bias,
     q,
     grad_out,
+    q_box,
+    grad_box,
+    sample,
+    head,
     row_terms,
     slope,
     part,
@@ -336,22 +358,34 @@ def key_steps(
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
     GUARD: tl.constexpr = CHECK and guarded(META, S)
-    WIDE: tl.constexpr = wide(META, S)
     for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
         origin, rows, lanes, exists, end, entry, inner = other_tokens(
             part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
         )
+        here = block
         if not AFFINE:
             block = next_block(part, META, S, first, last, tile + 1, BLOCK)
         tokens = origin + rows
-        q1 = load_rows(q, origin, rows, stride_q, exists, D, 0, D1, GUARD, WIDE)
-        do1 = load_rows(grad_out, origin, rows, stride_g, exists, D, 0, D1, GUARD, WIDE)
+        q1 = load_tile(
+            q, q_box, sample, head, origin, rows, stride_q, exists, D, 0, D1,
+            META, S, MASKED, CHECK,
+        )  # fmt: skip
+        do1 = load_tile(
+            grad_out, grad_box, sample, head, origin, rows, stride_g, exists, D, 0, D1,
+            META, S, MASKED, CHECK,
+        )  # fmt: skip
         scores = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
         slopes = tl.dot(v1, tl.trans(do1), input_precision=PRECISION)
         q2, do2 = q1, do1
         if D2 > 0:
-            q2 = load_rows(q, origin, rows, stride_q, exists, D, D1, D2, GUARD, WIDE)
-            do2 = load_rows(grad_out, origin, rows, stride_g, exists, D, D1, D2, GUARD, WIDE)
+            q2 = load_tile(
+                q, q_box, sample, head, origin, rows, stride_q, exists, D, D1, D2,
+                META, S, MASKED, CHECK,
+            )  # fmt: skip
+            do2 = load_tile(
+                grad_out, grad_box, sample, head, origin, rows, stride_g, exists, D, D1, D2,
+                META, S, MASKED, CHECK,
+            )  # fmt: skip
             scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
             slopes = tl.dot(v2, tl.trans(do2), slopes, input_precision=PRECISION)
         scale = scale_log2
@@ -373,10 +407,9 @@ def key_steps(
             row_shift = tl.where(exists, row_shift, float("inf"))
         weights = tl.math.exp2(scores * scale - row_shift[None, :])
         if MASKED:
-            other_flags = tl.load(query_flags + tokens, mask=exists, other=0)
             weights = keep_pairs(
-                weights, part, numbers, META, S, my_coords, other_coords, own_flags, other_flags,
-                own_inner, exists, end, entry, inner, False, 0.0,
+                weights, part, numbers, META, S, my_coords, other_coords, own_flags,
+                query_flags + tokens, own_inner, here, exists, end, entry, inner, False, 0.0,
             )  # fmt: skip
         slopes = weights * (slopes - row_delta[None, :])
         if own_bias is not None:
@@ -401,6 +434,8 @@ def key_kernel(
     k,
     v,
     grad_out,
+    q_box,
+    grad_box,
     row_terms,
     key_bias,
     slopes,
@@ -516,7 +551,7 @@ def key_kernel(
         begin, middle, end, partial_block, full_block = part_range(ranges, item, s, NUM_PARTS)
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            row_terms + line * num_queries * 2, slope, parts[s],
+            q_box, grad_box, sample, head, row_terms + line * num_queries * 2, slope, parts[s],
             num_queries, numbers[s],
             query_coords, query_flags, tokens, own_coords, own_flags,
             own_inner, begin, middle, partial_block,
@@ -525,7 +560,7 @@ def key_kernel(
         )  # fmt: skip
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            row_terms + line * num_queries * 2, slope, parts[s],
+            q_box, grad_box, sample, head, row_terms + line * num_queries * 2, slope, parts[s],
             num_queries, numbers[s],
             query_coords, query_flags, tokens, own_coords, own_flags,
             own_inner, middle, end, full_block,

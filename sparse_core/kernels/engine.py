@@ -42,7 +42,7 @@ def forward(
     for step in ready:
         pieces = _Scratch.empty(q, step.num_slots * step.own.size)
         forward_kernel[step.grid(q)](
-            q, k, v, _contiguous(key_bias), _contiguous(alibi_slopes), out, lse,
+            q, k, v, *step.boxes(k, v), _contiguous(key_bias), _contiguous(alibi_slopes), out, lse,
             state.rows, state.vector, step.state_of, pieces.rows, pieces.vector,
             *step.description, scale * LOG2_E, *step.sizes, *_strides(q, k, v), **step.constants,
         )  # fmt: skip
@@ -129,10 +129,11 @@ class Backward:
             if grad_slopes is not None:
                 shares = _numbers(q, step.num_programs).zero_()
             query_kernel[step.grid(q)](
-                q, self.k, self.v, self.out, self.grad_out, self.lse, self.grad_lse,
-                self.row_terms, self.key_bias, self.alibi_slopes, grad_q, shares, state.rows,
-                step.state_of, pieces.rows, *step.description, self.scale, self.scale * LOG2_E,
-                *step.sizes, *_strides(q, self.k, self.v, self.grad_out), **step.constants,
+                q, self.k, self.v, *step.boxes(self.k, self.v), self.out, self.grad_out, self.lse,
+                self.grad_lse, self.row_terms, self.key_bias, self.alibi_slopes, grad_q, shares,
+                state.rows, step.state_of, pieces.rows, *step.description,
+                self.scale, self.scale * LOG2_E, *step.sizes,
+                *_strides(q, self.k, self.v, self.grad_out), **step.constants,
             )  # fmt: skip
             _combine(step, pieces, state, grad_q, None, weighted=False)
             if grad_slopes is not None and shares is not None:
@@ -160,8 +161,8 @@ class Backward:
             room = step.num_slots * step.own.size
             pieces_k, pieces_v = _Scratch.empty(q, room), _Scratch.empty(q, room)
             key_kernel[step.grid(q)](
-                q, k, self.v, self.grad_out, self.row_terms, self.key_bias,
-                self.alibi_slopes, grad_k, grad_v, bias, state_k.rows, state_v.rows,
+                q, k, self.v, self.grad_out, *step.boxes(q, self.grad_out), self.row_terms,
+                self.key_bias, self.alibi_slopes, grad_k, grad_v, bias, state_k.rows, state_v.rows,
                 state_k.vector, step.state_of, pieces_k.rows, pieces_v.rows, pieces_k.vector,
                 *step.description, self.scale, self.scale * LOG2_E, *step.sizes,
                 *_strides(q, k, self.v, self.grad_out), **step.constants,

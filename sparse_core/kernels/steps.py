@@ -6,6 +6,7 @@ Making steps ready costs more host time than a short kernel runs, so a layout re
 from dataclasses import dataclass
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparse_core.blocking import Blocks
 from sparse_core.kernels import tuning
@@ -15,6 +16,7 @@ from sparse_core.kernels.arguments import (
     own_blocks,
     own_side,
     split_head_dim,
+    takes_boxes,
     tile_of,
 )
 from sparse_core.layout import BlockLayout
@@ -26,7 +28,8 @@ class Step:
     """A launch of an agenda: its kernel's configuration and arguments.
 
     `final` says that it writes results, `prior` that it goes on from a state. `description` are the
-    tensors that describe the layout, `sizes` its numbers, `constants` what is compiled.
+    tensors that describe the layout, `sizes` its numbers, `constants` what is compiled. `box` are
+    the rows of the other side's tiles if some of them are boxes in memory, else 0.
     """
 
     own: Own
@@ -41,6 +44,21 @@ class Step:
     description: tuple[object, ...]
     sizes: tuple[int, ...]
     constants: dict[str, object]
+    box: int
+
+    def boxes(self, *tensors: Tensor) -> tuple[TensorDescriptor | None, ...]:
+        """Describe tensors of the other side [B, T, H, D] as [B, H, T, D], tile by tile."""
+        if not self.box:
+            return (None,) * len(tensors)
+        return tuple(
+            TensorDescriptor(
+                x,
+                [x.shape[0], x.shape[2], x.shape[1], x.shape[3]],
+                [x.stride(0), x.stride(2), x.stride(1), 1],
+                [1, 1, self.box, x.shape[3]],
+            )
+            for x in tensors
+        )
 
     def grid(self, q: Tensor) -> tuple[int, int, int]:
         """Programs by items and tiles, heads, samples."""
@@ -62,11 +80,12 @@ def steps(
     """
     strides = others[0].stride(1), others[1].stride(1)
     token_elements, alike = max(strides), strides[0] == strides[1]
+    boxes = takes_boxes(q.shape[3], others)
     known = layout.__dict__.setdefault("_steps", {})
-    inputs = (q.dtype, q.device, q.shape[2:], k.shape[2], token_elements, alike, precision)
+    inputs = (q.dtype, q.device, q.shape[2:], k.shape[2], token_elements, alike, boxes, precision)
     key = (kernel, inputs, tuning.state())
     if key not in known:
-        known[key] = _make(kernel, layout, q, k, token_elements, alike, precision)
+        known[key] = _make(kernel, layout, q, k, token_elements, alike, boxes, precision)
     found: tuple[Step, ...] = known[key]
     return found
 
@@ -78,6 +97,7 @@ def _make(
     k: Tensor,
     token_elements: int,
     alike: bool,
+    boxes: bool,
     precision: str,
 ) -> tuple[Step, ...]:
     side = tuning.SIDE_OF[kernel]
@@ -92,7 +112,9 @@ def _make(
         config = tuning.choose(kernel, q, launch, layout, precision)
         blocks = own_blocks(layout, launch, side)
         own = own_side(blocks)
-        parts, numbers, meta = other_side(layout, launch, side, config.block_other, token_elements)
+        parts, numbers, meta = other_side(
+            layout, launch, side, config.block_other, token_elements, boxes
+        )
         tile = tile_of(own.size, config.block_own)
         own_tiles = -(-own.size // tile)
         constants = _constants(blocks, q, config, tile) | {
@@ -138,6 +160,7 @@ def _make(
                     q.shape[2] // k.shape[2],
                 ),
                 constants=constants,
+                box=config.block_other if any(part.boxed for part in meta) else 0,
             )
         )
     return tuple(found)

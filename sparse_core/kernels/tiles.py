@@ -15,6 +15,8 @@ from sparse_core.schedule import WHOLE
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+NO_BOX, FULL_BOXED, BOXED = range(3)
+"""Which tiles of a part are boxes in memory: none, those of full blocks, all."""
 INTERVAL, CONGRUENT, QUERY_FLAG, KEY_FLAG = range(4)
 """The codes of sparse_core.masking; a test holds them equal."""
 GO_ON = tl.constexpr(WHOLE)
@@ -149,11 +151,34 @@ def needs_exists(meta, s, c, own_is_query):
 
 
 @triton.constexpr_function
+def boxed(meta, s, masked):
+    """Whether a tile's tokens are a box in memory, whose lanes beyond a block may be read."""
+    return meta[s].boxed == BOXED or (meta[s].boxed == FULL_BOXED and not masked)
+
+
+@triton.constexpr_function
 def only_intervals(meta, s):
-    """How many terms a part's masks have, if they are intervals of a single clause; else 0."""
-    clauses = meta[s].clauses
-    simple = len(clauses) == 1 and all(term[0] == INTERVAL for term in clauses[0])
-    return len(clauses[0]) if simple else 0
+    """How many intervals keep a pair, if one clause of them does, less flagged tokens; else 0."""
+    part = meta[s]
+    if part.num_own != 1 or any(term[0] != INTERVAL for term in part.clauses[0]):
+        return 0
+    if len(part.clauses) == 1:
+        return len(part.clauses[0])
+    flags = all(len(c) == 1 and c[0][0] in (QUERY_FLAG, KEY_FLAG) for c in part.clauses[1:])
+    return len(part.clauses[0]) if flags and part.small == 0 else 0
+
+
+@triton.constexpr_function
+def barring(meta, s, own, own_is_query):
+    """Where the bits are named that leave tokens out of a part: own tokens, or the other side's."""
+    code = QUERY_FLAG if own == own_is_query else KEY_FLAG
+    return tuple(c[0][2] for c in meta[s].clauses[1:] if c[0][0] == code)
+
+
+@triton.constexpr_function
+def count(places):
+    """How many there are."""
+    return len(places)
 
 
 @triton.constexpr_function
@@ -331,6 +356,38 @@ def load_rows(
 
 
 @triton.jit
+def load_tile(
+    base,
+    box,
+    sample,
+    head,
+    origin,
+    rows,
+    stride,
+    exists,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    META: tl.constexpr,
+    S: tl.constexpr,
+    MASKED: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Channels of a tile of the other side, [BLOCK, WIDTH].
+
+    Boxes [1, 1, BLOCK, WIDTH] of a descriptor [B, H, T, D] come by the tensor memory accelerator,
+    zeros beyond the last token; the rest row by row.
+    """
+    if boxed(META, S, MASKED):
+        tile = box.load([sample.to(tl.int32), head, origin, FIRST])
+        return tl.reshape(tile, (rows.shape[0], WIDTH))
+    else:
+        GUARD: tl.constexpr = CHECK and guarded(META, S)
+        WIDE: tl.constexpr = wide(META, S)
+        return load_rows(base, origin, rows, stride, exists, D, FIRST, WIDTH, GUARD, WIDE)
+
+
+@triton.jit
 def store_rows(
     base,
     rows,
@@ -409,12 +466,13 @@ def place_in_interval(
     own_coords,
     other_coords,
     other_end,
+    own_barred,
     OWN_IS_QUERY: tl.constexpr,
 ):
     """How far each pair stands in an interval, [M, N], and how far it may: [M, 1], or a number.
 
     Both are unsigned, and what stands before the interval wraps around to large numbers: one
-    comparison tells.
+    comparison tells. Where the tile's last token bounds it, `own_barred` rows have no interval.
     """
     low, high = numbers[place(META, S, C, T)], numbers[place(META, S, C, T) + 1]
     mine, theirs = own_coords[axis(META, S, C, T)], other_coords[axis(META, S, C, T)]
@@ -425,7 +483,7 @@ def place_in_interval(
         else:
             start, end = mine + low, mine + high
         end = tl.minimum(end, other_end)
-        none = end < start
+        none = (end < start) | own_barred
         span = tl.where(none, 0, end - start)[:, None].to(tl.uint32, bitcast=True)
         above = theirs[None, :] - tl.where(none, BEYOND, start)[:, None]
     else:
@@ -435,6 +493,15 @@ def place_in_interval(
         else:
             above = theirs[None, :] - (mine + low)[:, None]
     return above.to(tl.uint32, bitcast=True), span
+
+
+@triton.jit
+def barred(flags, numbers, PLACES: tl.constexpr):
+    """Which tokens have one of these bits."""
+    found = flags * 0
+    for i in tl.static_range(0, count(PLACES)):
+        found |= flags >> numbers[PLACES[i]]
+    return (found & 1) > 0
 
 
 @triton.jit
@@ -498,7 +565,7 @@ def term_holds(
     """Evaluate one term on each pair; the shape may be [M, N], [M, 1] or [1, N]."""
     if code(META, S, C, T) == INTERVAL_CODE:
         above, span = place_in_interval(
-            META, S, C, T, numbers, own_coords, other_coords, other_end, OWN_IS_QUERY
+            META, S, C, T, numbers, own_coords, other_coords, other_end, own_flags < 0, OWN_IS_QUERY
         )
         return above <= span
     elif code(META, S, C, T) == CONGRUENT_CODE:
@@ -569,8 +636,9 @@ def keep_pairs(
     own_coords,
     other_coords,
     own_flags,
-    other_flags,
+    flags_at,
     own_inner,
+    block,
     other_exists,
     other_end,
     entry,
@@ -578,24 +646,37 @@ def keep_pairs(
     OWN_IS_QUERY: tl.constexpr,
     OTHERWISE: tl.constexpr,
 ):
-    """Put `OTHERWISE` in a partial tile's values [own, other] where a pair is not kept."""
+    """Put `OTHERWISE` in a partial tile's values [own, other] where a pair is not kept.
+
+    `flags_at` is where the other tokens' flags lie, `block` the other block if there is just one.
+    """
     if only_intervals(META, S) > 0:
-        for t in tl.static_range(0, only_intervals(META, S) - 1, 2):
+        LAST: tl.constexpr = only_intervals(META, S) - 1
+        OWN: tl.constexpr = barring(META, S, True, OWN_IS_QUERY)
+        OTHER: tl.constexpr = barring(META, S, False, OWN_IS_QUERY)
+        away = barred(own_flags, numbers, OWN)
+        for t in tl.static_range(0, LAST, 2):
             above, span = place_in_interval(
-                META, S, 0, t, numbers, own_coords, other_coords, other_end, OWN_IS_QUERY
+                META, S, 0, t, numbers, own_coords, other_coords, other_end, away, OWN_IS_QUERY
             )
             above2, span2 = place_in_interval(
-                META, S, 0, t + 1, numbers, own_coords, other_coords, other_end, OWN_IS_QUERY
+                META, S, 0, t + 1, numbers, own_coords, other_coords, other_end, away, OWN_IS_QUERY
             )
             values = keep_within_both(values, above, span, above2, span2, OTHERWISE)
-        if only_intervals(META, S) % 2 == 1:
+        if LAST % 2 == 0:
             above, span = place_in_interval(
-                META, S, 0, only_intervals(META, S) - 1, numbers, own_coords, other_coords,
-                other_end, OWN_IS_QUERY,
-            )  # fmt: skip
+                META, S, 0, LAST, numbers, own_coords, other_coords, other_end, away, OWN_IS_QUERY
+            )
             values = keep_within(values, above, span, OTHERWISE)
         if needs_exists(META, S, 0, OWN_IS_QUERY):
             values = tl.where(other_exists[None, :], values, OTHERWISE)
+        if count(OWN) > 0 and not bounds_tile(META, S, 0, 0):
+            values = tl.where(away[:, None], OTHERWISE, values)
+        if count(OTHER) > 0:
+            # few blocks hold such tokens, and looking at all columns takes half a tile's time
+            if tl.load(part.barring + block) != 0:
+                others = barred(tl.load(flags_at, mask=other_exists, other=0), numbers, OTHER)
+                values = tl.where(others[None, :], OTHERWISE, values)
         return values
     elif has_bits(META, S):
         which = tl.load(part.tile + entry, mask=other_exists, other=0).to(tl.int64)
@@ -610,6 +691,7 @@ def keep_pairs(
         byte = tl.load(part.bits + address, mask=inside, other=0).to(tl.int32)
         return tl.where(((byte >> (key % 8)) & 1) > 0, values, OTHERWISE)
     else:
+        other_flags = tl.load(flags_at, mask=other_exists, other=0)
         kept = clause_holds(
             META, S, 0, numbers, own_coords, other_coords, own_flags, other_flags, other_exists,
             other_end, OWN_IS_QUERY,
