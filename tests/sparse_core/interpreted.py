@@ -68,16 +68,20 @@ def main() -> int:
             plain=PLAIN[(number + number // 7) % 3],
             packed=number % 5 < 2,
         )
-    _check(
-        SlidingWindow(60) | GlobalTokens(3), tokens=1000, dtype=torch.float32, heads=1, kv_heads=1,
-        head_dim=16, plain=True, packed=False,
-    )  # fmt: skip
+    for dtype in DTYPES:
+        _check(
+            SlidingWindow(60) | GlobalTokens(3), tokens=1000, dtype=dtype, heads=1, kv_heads=1,
+            head_dim=16, plain=True, packed=False,
+        )  # fmt: skip
+    outgrowing = make_inputs(300, heads=1, head_dim=32, dtype=torch.float16)
+    outgrowing.k[:, 200:250] *= 16
+    check_against_float64(SlidingWindow(150), outgrowing, Engine("triton", "cpu"), plain=True)
     _check(
         DilatedSegments(16) + DilatedSegments(64, 2), tokens=63, dtype=torch.float16, heads=2,
         kv_heads=2, head_dim=48, plain=True, packed=False,
     )  # fmt: skip
     _check_routed()
-    print(f"{2 * len(PATTERNS) + 3} cases agree, {time.perf_counter() - begin:.0f} s")
+    print(f"{2 * len(PATTERNS) + 5} cases agree, {time.perf_counter() - begin:.0f} s")
     return 0
 
 

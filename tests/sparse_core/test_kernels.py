@@ -78,6 +78,39 @@ def test_channels_are_covered_by_one_or_two_powers_of_two(
     assert split_head_dim(head_dim) == chunks
 
 
+@pytest.mark.parametrize(
+    ("pattern", "launches"),
+    [(SlidingWindow(100) | GlobalTokens(64), 1), (Strided(4, block=64) | SlidingWindow(64), 1),
+     (SlidingWindow(100) | GlobalTokens(4), 2)],
+    ids=str,
+)  # fmt: skip
+def test_parts_share_a_launch_where_their_blocks_are_among_the_others(
+    pattern: Pattern, launches: int
+) -> None:
+    layout = build_layout(pattern, 1000, block_size=64)
+    for side, lists in (("queries", "rows"), ("keys", "columns")):
+        agenda = getattr(layout.schedule, side)
+        assert len(agenda.launches) == launches
+        assert sorted(n for x in agenda.launches for n in x.part_numbers) == list(
+            range(len(layout.parts))
+        )
+        for launch in agenda.launches:
+            blocks = getattr(layout.parts[launch.part_numbers[0]], side)
+            whole = launch.ranges[0].long()
+            for place, number in enumerate(launch.part_numbers):
+                part = layout.parts[number]
+                owned = getattr(part, side)
+                starts = owned.order[owned.start] if owned.order.numel() else owned.start
+                for row, start in enumerate(starts.tolist()):
+                    mine = blocks.order[blocks.start] if blocks.order.numel() else blocks.start
+                    item = (mine[launch.items[0, :, 0].long()] == start).nonzero()[:, 0]
+                    visited = [range(int(r[0]), int(r[2])) for r in whole[item, place]]
+                    ptr = getattr(part, lists).ptr[0]
+                    assert sorted(n for r in visited for n in r) == list(
+                        range(int(ptr[row]), int(ptr[row + 1]))
+                    )
+
+
 def test_auto_takes_what_can_run() -> None:
     assert choose_engine("auto", torch.empty(1, 1, 1, 16)) == "blockwise"
 
@@ -121,6 +154,7 @@ def test_every_configuration_that_tuning_may_choose(
         for kind in (torch.bfloat16, torch.float16) if dtype == "half" else (torch.float32,):
             inputs = make_inputs(330, heads=4, kv_heads=2, head_dim=head_dim, dtype=kind)
             check_against_float64(SlidingWindow(90) | GlobalTokens(2), inputs, TRITON)
+            check_against_float64(SlidingWindow(90) | GlobalTokens(2), inputs, TRITON, plain=True)
             check_against_float64(SlidingWindow(150), inputs, TRITON, block_size=128)
             grid = torch.cartesian_prod(torch.arange(22), torch.arange(15))
             check_against_float64(SlidingWindow(4), inputs, TRITON, coords=grid, block_size=64)
@@ -174,10 +208,37 @@ def test_half_precision_is_no_worse_than_dense_attention(
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Dense(), SlidingWindow(400), SlidingWindow(40) | GlobalTokens(3)], ids=str
+)
+def test_rows_that_outgrow_their_first_maximum(pattern: Pattern, dtype: torch.dtype) -> None:
+    inputs = make_inputs(1000, heads=2, head_dim=64, dtype=dtype)
+    inputs.k[:, 300:500] *= 32
+    check_against_float64(pattern, inputs, TRITON, plain=True)
+
+
+@on_gpu
+def test_another_sequence_without_numbers_changes_nothing() -> None:
+    layout = build_layout(SlidingWindow(100), 300, segments=[100, 200])
+    inputs = make_inputs(300, heads=2, head_dim=64, dtype=torch.bfloat16)
+    clean = TRITON.run(layout, inputs, plain=True)
+    for name in ("q", "k", "v", "grad_out"):
+        getattr(inputs, name)[:, 100:] = torch.nan
+    spoilt = TRITON.run(layout, inputs, plain=True)
+    for name in ("out", "dq", "dk", "dv"):
+        assert torch.equal(spoilt[name][:, :100], clean[name][:, :100]), name
+
+
+@on_gpu
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 48), (torch.bfloat16, 64)])
+@pytest.mark.parametrize("segments", [None, [200, 250]], ids=["one", "packed"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_memory_full_of_nan_changes_nothing(pattern: Pattern) -> None:
-    inputs = make_inputs(450, heads=4, kv_heads=2, head_dim=48)
-    layout = build_layout(pattern, 450, segments=[200, 250])
+def test_memory_full_of_nan_changes_nothing(
+    pattern: Pattern, segments: list[int] | None, dtype: torch.dtype, head_dim: int
+) -> None:
+    inputs = make_inputs(450, heads=4, kv_heads=2, head_dim=head_dim, dtype=dtype)
+    layout = build_layout(pattern, 450, segments=segments)
     clean = TRITON.run(layout, inputs)
     poison = [torch.full((2**26,), torch.nan, device="cuda") for _ in range(4)]
     poison += [torch.full((2**k,), torch.nan, device="cuda") for k in range(8, 26) for _ in "abcd"]
