@@ -53,13 +53,15 @@ def sequence_tokens(
 ) -> tuple[Tokens, Int[Tensor, "T"]]:
     """Describe the tokens of packed sequences, and say which sequence each belongs to.
 
-    `coords` may be a number of tokens: their coordinates then count from 0 in each sequence.
+    `coords` may be a number of tokens: their coordinates then count from 0 in each sequence. A
+    tensor stays on its device unless `device` is given.
     Raises ValueError for coordinates that are no integers or beyond 2**30, and for lengths that
     do not add up.
     """
     if isinstance(coords, Tensor):
         if coords.is_floating_point() or coords.dtype == torch.bool:
             raise ValueError(f"coordinates are integers; got {coords.dtype}")
+        coords = coords.to(device) if device is not None else coords
         coords = coords[:, None] if coords.ndim == 1 else coords
         if coords.ndim != 2:
             raise ValueError(f"coords has shape [T, P]; got {tuple(coords.shape)}")
@@ -101,39 +103,37 @@ def cut(
     are of one group.
     """
     if members is None and in_order:
-        values, lengths = _run_lengths(group, is_single=is_single)
-        start, count, run = _pieces(lengths, size)
-        regular = values.numel() <= 1
+        start, count, owner, num_runs = _pieces(group, size, is_single=is_single)
         none = torch.empty(0, dtype=torch.int32, device=group.device)
-        return Blocks(start, count, none, 1, size, group.numel(), regular), values[run]
+        return Blocks(start, count, none, 1, size, group.numel(), regular=num_runs <= 1), owner
     order = torch.arange(group.numel(), device=group.device)
     if members is not None:
         order = order[members]
     if not in_order:
         order = order[torch.sort(group[order], stable=True).indices]
-    values, lengths = torch.unique_consecutive(group[order], return_counts=True)
-    start, count, run = _pieces(lengths, size)
-    return _affine(start, count, order, size), values[run]
-
-
-def _run_lengths(group: Int[Tensor, "T"], *, is_single: bool) -> tuple[Tensor, Tensor]:
-    """Values and lengths of the runs of equal groups."""
-    if is_single and group.numel():
-        return group[:1], torch.tensor([group.numel()], device=group.device)
-    return torch.unique_consecutive(group, return_counts=True)
+    start, count, owner, _ = _pieces(group[order], size, is_single=is_single)
+    return _affine(start, count, order, size), owner
 
 
 def _pieces(
-    lengths: Int[Tensor, "G"], size: int
-) -> tuple[Int[Tensor, "R"], Int[Tensor, "R"], Int[Tensor, "R"]]:
-    """Cut runs into pieces of `size`: where each begins, its length, and its run."""
+    group: Int[Tensor, "T"], size: int, *, is_single: bool
+) -> tuple[Int[Tensor, "R"], Int[Tensor, "R"], Int[Tensor, "R"], int]:
+    """Cut runs of equal groups into pieces of `size`: where each begins, its length, its group.
+
+    Also the number of runs.
+    """
+    total = group.numel()
+    if is_single and total:
+        start = torch.arange(0, total, size, device=group.device, dtype=torch.int32)
+        return start, (total - start).clamp(max=size), group[:1].repeat(start.numel()), 1
+    values, lengths = torch.unique_consecutive(group, return_counts=True)
     num_blocks = (lengths + size - 1) // size
     run = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(num_blocks)
     inner = torch.arange(run.numel(), device=lengths.device)
     inner = (inner - (num_blocks.cumsum(0) - num_blocks)[run]) * size
     start = (lengths.cumsum(0) - lengths)[run] + inner
     count = (lengths[run] - inner).clamp(max=size)
-    return start.to(torch.int32), count.to(torch.int32), run
+    return start.to(torch.int32), count.to(torch.int32), values[run], values.numel()
 
 
 def boxes_of(blocks: Blocks, tokens: Tokens, group: Int[Tensor, "R"]) -> Boxes:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_core.layout import BlockLayout, Lists
-from sparse_core.schedule import ITEM_TOKENS, Agenda, Launch, part_ranges, rows_of, size_class
+from sparse_core.schedule import ITEM_TOKENS, Agenda, Launch, cut_ranges, rows_of, size_class
 
 SHARE = 16
 """A column is split when it is longer than so many of the longest rows: pieces then hold at most
@@ -105,7 +105,7 @@ def _agenda(agenda: Agenda, lists: Lists, *, longest: int, limit: int) -> Agenda
         launches=(
             Launch(
                 items=items,
-                ranges=part_ranges([rows_of(lists)], items),
+                ranges=cut_ranges(rows_of([lists], [None], num_rows), items),
                 splits=splits,
                 part_numbers=launch.part_numbers,
                 affine=(False,),

@@ -11,8 +11,8 @@ from torch import Tensor
 from sparse_core.patterns.listed import Listed, expand_blocks
 from sparse_core.patterns.terms import UNBOUNDED, Boxes, Clause, Interval
 
-FEW = 32
-"""Boxes of which all pairs are looked at, before they are halved."""
+FEW = 64
+"""Boxes of which all pairs are looked at, before they are quartered."""
 
 Pairs = tuple[Int[Tensor, "Z"], Int[Tensor, "Z"]]
 """Rows (query blocks) and columns (key blocks), sorted by row, then column."""
@@ -139,26 +139,26 @@ def _difference_bounds(own: list[Clause]) -> tuple[int, int]:
 
 
 def _refine(own: list[Clause], query: Boxes, key: Boxes) -> Pairs:
-    """Halve both sides from a few boxes down to the blocks, keeping the pairs that touch."""
+    """Quarter both sides from a few boxes down to the blocks, keeping the pairs that touch."""
     levels = [(query, key)]
     while max(map(len, levels[-1])) > FEW:
         q, k = levels[-1]
-        above = q.joined()
-        levels.append((above, above if k is q else k.joined()))
+        above = q.joined().joined()
+        levels.append((above, above if k is q else k.joined().joined()))
     device = query.bounds.device
     pairs = torch.cartesian_prod(
         *(torch.arange(len(boxes), device=device) for boxes in levels[-1])
     ).T
-    inner = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]], device=device)[:, None]
+    inner = torch.cartesian_prod(*[torch.arange(4, device=device)] * 2).T[:, None]
     while levels:
         q, k = levels.pop()
         row, column = pairs.unbind(0)
-        exists = (row < len(q)) & (column < len(k))
         boxes_q, boxes_k = q[row.clamp(max=len(q) - 1)], k[column.clamp(max=len(k) - 1)]
-        meet = (boxes_q.group_low <= boxes_k.group_high) & (boxes_k.group_low <= boxes_q.group_high)
-        kept = exists & meet & may_touch(own, boxes_q, boxes_k)
+        kept = (row < len(q)) & (column < len(k)) & may_touch(own, boxes_q, boxes_k)
+        kept &= boxes_q.group_low <= boxes_k.group_high
+        kept &= boxes_k.group_low <= boxes_q.group_high
         pairs = pairs.index_select(1, kept.nonzero()[:, 0])
         if levels:
-            pairs = (2 * pairs[..., None] + inner).flatten(1)
+            pairs = (4 * pairs[..., None] + inner).flatten(1)
     pair = torch.sort(pairs[0] * len(key) + pairs[1]).values
     return pair // len(key), pair % len(key)

@@ -7,11 +7,12 @@ much longer than the rest are cut into items of about equal size, whose pieces a
 order, so that results are the same in every run.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_core.blocking import Blocks
@@ -93,12 +94,42 @@ def make_schedule(
     key_lengths: Int[Tensor, "S"],
 ) -> Schedule:
     """Plan the launches for the parts of a layout."""
-    num_queries, num_keys = query_coords.shape[0], key_coords.shape[0]
-    return Schedule(
-        _agenda(parts, "queries", num_queries),
-        _agenda(parts, "keys", num_keys),
-        _spacing(query_coords, key_coords, lengths, key_lengths),
-    )
+    by_queries, by_keys = _families(parts, "queries"), _families(parts, "keys")
+    queries = _agenda(parts, by_queries, "queries", query_coords.shape[0])
+    if query_coords.shape[0] == key_coords.shape[0] and _mirrored(parts, by_queries, by_keys):
+        turns, _ = _in_turn(by_keys, key_coords.shape[0])
+        launches = [
+            replace(launch, part_numbers=tuple(family.numbers))
+            for launch, family in zip(queries.launches, turns, strict=True)
+        ]
+        keys = replace(queries, launches=tuple(launches))
+    else:
+        keys = _agenda(parts, by_keys, "keys", key_coords.shape[0])
+    return Schedule(queries, keys, _spacing(query_coords, key_coords, lengths, key_lengths))
+
+
+def _mirrored(
+    parts: tuple["Part", ...], by_queries: list["Family"], by_keys: list["Family"]
+) -> bool:
+    """Whether keys meet the same lists in the same blocks as queries, as in symmetric patterns."""
+    if [len(f.numbers) for f in by_queries] != [len(f.numbers) for f in by_keys]:
+        return False
+    mine, other = [], []
+    for a, b in zip(by_queries, by_keys, strict=True):
+        for m, n in zip(a.numbers, b.numbers, strict=True):
+            one, two = parts[m], parts[n]
+            for x, y in ((one.queries, two.keys), (one.keys, two.queries)):
+                if (x.stride, x.size, x.num_tokens) != (y.stride, y.size, y.num_tokens):
+                    return False
+                if x is not y:
+                    mine += [x.start, x.count, x.order]
+                    other += [y.start, y.count, y.order]
+            if one.rows is not two.columns:
+                mine += [one.rows.ptr, one.rows.full, one.rows.index]
+                other += [two.columns.ptr, two.columns.full, two.columns.index]
+    if [x.shape for x in mine] != [x.shape for x in other]:
+        return False
+    return not mine or torch.equal(*(torch.cat([x.flatten() for x in s]) for s in (mine, other)))
 
 
 def _spacing(
@@ -174,11 +205,14 @@ def _places(base: Blocks, blocks: Blocks) -> tuple[bool, Int[Tensor, "R"] | None
     return bool(same.all()), places
 
 
-def _agenda(parts: tuple["Part", ...], side: Side, num_tokens: int) -> Agenda:
-    families = _families(parts, side)
+def _in_turn(families: list[Family], num_tokens: int) -> tuple[list[Family], bool]:
+    """Put a family that reaches every token last, and say whether there is one."""
     complete = bool(families) and families[0].blocks.num_tokens == num_tokens
-    if complete:
-        families.append(families.pop(0))
+    return ([*families[1:], families[0]] if complete else families), complete
+
+
+def _agenda(parts: tuple["Part", ...], found: list[Family], side: Side, num_tokens: int) -> Agenda:
+    families, complete = _in_turn(found, num_tokens)
     launches = tuple(_launch(parts, family, side, num_tokens) for family in families)
     early = [family.blocks for family in (families[:-1] if complete else families)]
     state_of, num_states = _state_places(early, num_tokens)
@@ -206,42 +240,42 @@ def _state_places(early: list[Blocks], num_tokens: int) -> tuple[Int[Tensor, "T"
 
 @dataclass(frozen=True)
 class Rows:
-    """Where each block's list lies in `entries`: begin, the first full entry, end."""
+    """For S parts and R blocks, where each block's list lies: begin, the first full entry, end.
 
-    begin: Int[Tensor, "G R"]
-    middle: Int[Tensor, "G R"]
-    end: Int[Tensor, "G R"]
-    entries: Int[Tensor, "Z"]
+    `entries` are the other side's blocks that the lists of each part name, at least one.
+    """
+
+    ends: Int[Tensor, "3 S G R"]
+    entries: tuple[Int[Tensor, "Z"], ...]
 
 
-def rows_of(lists: "Lists", places: Int[Tensor, "N"] | None = None, num_blocks: int = 0) -> Rows:
-    """Read a part's lists as those of a launch's blocks; blocks that it lacks have none."""
-    ends = lists.ptr[:, :-1], lists.full, lists.ptr[:, 1:]
-    if places is None:
-        return Rows(*ends, lists.index)
-    spread = lists.full.new_zeros((3, lists.full.shape[0], num_blocks))
-    spread[:, :, places] = torch.stack(ends)
-    begin, middle, end = spread
-    return Rows(begin, middle, end, lists.index)
+def rows_of(lists: list["Lists"], places: list[Int[Tensor, "N"] | None], num_blocks: int) -> Rows:
+    """Read parts' lists as those of a launch's blocks; blocks that a part lacks have none."""
+    found = []
+    for part, place in zip(lists, places, strict=True):
+        ends = torch.stack([part.ptr[:, :-1], part.full, part.ptr[:, 1:]])
+        if place is not None:
+            ends = ends.new_zeros((3, ends.shape[1], num_blocks)).index_copy(2, place, ends)
+        found.append(ends)
+    entries = (part.index if part.index.numel() else part.index.new_zeros(1) for part in lists)
+    return Rows(torch.stack(found, 1), tuple(entries))
 
 
 def _launch(parts: tuple["Part", ...], family: Family, side: Side, num_tokens: int) -> Launch:
     other = "keys" if side == "queries" else "queries"
     lists = [parts[n].rows if side == "queries" else parts[n].columns for n in family.numbers]
-    rows = [
-        rows_of(x, places, len(family.blocks))
-        for x, places in zip(lists, family.places, strict=True)
-    ]
+    rows = rows_of(lists, family.places, len(family.blocks))
     others: list[Blocks] = [getattr(parts[n], other) for n in family.numbers]
-    length = sum((x.end - x.begin).long() for x in rows)
-    assert isinstance(length, Tensor)
-    longest = int(length.max()) if length.numel() else 0
+    length = (rows.ends[2] - rows.ends[0]).sum(0)
+    affine = _runs(rows, others)
+    longest = length.max()[None] if length.numel() else length.new_zeros(1)
+    longest, *runs = torch.cat([longest, affine]).tolist()  # the host waits once
     own_size, other_size = family.blocks.size, max(b.size for b in others)
     limit = _item_length(length, longest, own_size, other_size, num_tokens)
     items, splits, num_slots = _items(length, longest, limit)
-    affine = tuple(_is_affine(x, b) for x, b in zip(lists, others, strict=True))
-    ranges = whole_ranges(rows, items) if longest <= limit else part_ranges(rows, items)
-    return Launch(items, ranges, splits, tuple(family.numbers), affine, num_slots)
+    ranges = cut_ranges(rows, items, whole=longest <= limit)
+    numbers = tuple(family.numbers)
+    return Launch(items, ranges, splits, numbers, tuple(map(bool, runs)), num_slots)
 
 
 def _item_length(
@@ -264,8 +298,8 @@ def _items(
     """Write the items of each group, long ones first."""
     groups, rows = length.shape
     device = length.device
-    none = torch.empty(groups, 0, 3, dtype=torch.int32, device=device)
     if longest <= limit:
+        none = torch.empty(groups, 0, 3, dtype=torch.int32, device=device)
         order = torch.sort(size_class(length), dim=1, descending=True, stable=True).indices
         zero = torch.zeros_like(order)
         whole = torch.stack([order, zero, length.gather(1, order), zero - 1], 2)
@@ -274,55 +308,54 @@ def _items(
     split = pieces > 1
     slots = torch.where(split, pieces, 0)
     first_slot = slots.cumsum(1) - slots
-    per_group = pieces.sum(1)
-    flat = torch.arange(groups * rows, device=device).repeat_interleave(pieces.flatten())
-    start = pieces.flatten().cumsum(0) - pieces.flatten()
-    piece = torch.arange(flat.numel(), device=device) - start[flat]
+    totals = torch.stack([pieces.sum(1), slots.sum(1), split.sum(1)])
+    widest, num_slots, most_splits = totals.amax(1).tolist()
+    # pieces of all rows, one after another, and what is known of the row of each
+    end = pieces.flatten().cumsum(0)
+    row = torch.arange(groups * rows, device=device).repeat_interleave(
+        pieces.flatten(), output_size=widest if groups == 1 else None
+    )
+    known = torch.stack([end - pieces.flatten(), length.flatten(), first_slot.flatten()])
+    start, row_length, slot = known.index_select(1, row).unbind(0)
+    piece = torch.arange(row.numel(), device=device) - start
     first = piece * limit
-    last = torch.minimum(first + limit, length.flatten()[flat])
-    slot = torch.where(split.flatten()[flat], first_slot.flatten()[flat] + piece, WHOLE)
-    group = flat // rows
-    order = torch.sort(group * 64 - size_class(last - first), stable=True).indices
-    found = torch.stack([flat % rows, first, last, slot], 1)[order].to(torch.int32)
-    items = _pad(found, per_group)
+    last = torch.minimum(first + limit, row_length)
+    slot = torch.where(row_length > limit, slot + piece, WHOLE)
+    order = torch.sort(row // rows * 64 - size_class(last - first), stable=True).indices
+    found = torch.stack([row % rows, first, last, slot], 1)[order].to(torch.int32)
     chosen = split.flatten().nonzero()[:, 0]
-    pieces_of = torch.stack(
-        [chosen % rows, first_slot.flatten()[chosen], pieces.flatten()[chosen]], 1
-    ).to(torch.int32)
-    splits = _pad(pieces_of, split.sum(1))
-    return items, splits, int(slots.sum(1).max())
+    known = torch.stack([first_slot.flatten(), pieces.flatten()], 1)[chosen]
+    splits = torch.cat([(chosen % rows)[:, None], known], 1).to(torch.int32)
+    return _pad(found, totals[0], widest), _pad(splits, totals[2], most_splits), num_slots
 
 
-def whole_ranges(rows: list[Rows], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
-    """List the whole of each item's block in every part."""
-    block = items[..., :1].long().expand(-1, -1, 3)
-    found = []
-    for part in rows:
-        ends = torch.stack([part.begin, part.middle, part.end], -1).gather(1, block)
-        found += [ends, _first_entries(part, ends[..., :2])]
-    return torch.cat(found, -1).unflatten(-1, (len(rows), 5))
+def cut_ranges(
+    rows: Rows, items: Int[Tensor, "G I 4"], *, whole: bool = False
+) -> Int[Tensor, "G I S 5"]:
+    """Cut each item's range out of the list of every part of its block, or take all lists whole."""
+    block, first, last, _ = items.long().clamp(min=0).unbind(-1)
+    count = rows.ends.shape[1]
+    ends = rows.ends.gather(3, block.expand(3, count, *block.shape))
+    if not whole:
+        begin, middle, end = ends.unbind(0)
+        length = end - begin
+        before = length.cumsum(0) - length
+        low = torch.minimum(begin + (first - before).clamp(min=0), end)
+        high = torch.minimum(begin + (last - before).clamp(min=0), end)
+        ends = torch.stack([low, middle.clamp(min=low, max=high), high])
+    ends = ends.to(torch.int32)
+    found = [ends]
+    for place in ends[:2].unbind(0):  # the first partial and the first full block, or anything
+        found.append(torch.stack(_look_up(rows, place))[None])
+    return torch.cat(found).permute(2, 3, 1, 0).contiguous()
 
 
-def _first_entries(part: Rows, at: Int[Tensor, "G I 2"]) -> Int[Tensor, "G I 2"]:
-    """Look up the first partial and the first full block; anything where there is none."""
-    entries = part.entries if part.entries.numel() else part.entries.new_zeros(1)
-    return entries[at.clamp(max=entries.numel() - 1)]
-
-
-def part_ranges(rows: list[Rows], items: Int[Tensor, "G I 4"]) -> Int[Tensor, "G I S 5"]:
-    """Cut each item's range out of the list of every part of its block."""
-    block, first, last = items[..., :3].long().clamp(min=0).unbind(-1)
-    found = []
-    for number, part in enumerate(rows):
-        begin, end = part.begin.gather(1, block), part.end.gather(1, block)
-        low, high = torch.minimum(begin + first, end), torch.minimum(begin + last, end)
-        middle = part.middle.gather(1, block).clamp(min=low, max=high)
-        ends = torch.stack([low, middle, high], -1)
-        found += [ends, _first_entries(part, ends[..., :2])]
-        if number + 1 < len(rows):
-            length = end - begin
-            first, last = (first - length).clamp(min=0), (last - length).clamp(min=0)
-    return torch.cat(found, -1).unflatten(-1, (len(rows), 5)).to(torch.int32)
+def _look_up(rows: Rows, places: Iterable[Int[Tensor, "..."]]) -> list[Int[Tensor, "..."]]:
+    """Read each part's entries at its places; any entry where a place is beyond the last."""
+    return [
+        entries[at.clamp(max=entries.numel() - 1)]
+        for entries, at in zip(rows.entries, places, strict=True)
+    ]
 
 
 def _mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) -> Launch:
@@ -339,9 +372,10 @@ def size_class(length: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     return torch.frexp(length.double()).exponent
 
 
-def _pad(rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"]) -> Int[Tensor, "G I W"]:
+def _pad(
+    rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"], widest: int
+) -> Int[Tensor, "G I W"]:
     """Give every group as many rows as the largest has, of -1."""
-    widest = int(per_group.max())
     if per_group.numel() == 1:
         return rows[None]
     group = torch.arange(per_group.numel(), device=rows.device).repeat_interleave(per_group)
@@ -352,14 +386,16 @@ def _pad(rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"]) -> Int[Tensor, "
     return padded
 
 
-def _is_affine(lists: "Lists", blocks: Blocks) -> bool:
-    """Whether full entries of every list are blocks that lie one after another."""
-    end, first_full = lists.ptr[:, 1:].flatten(), lists.full.flatten()
-    if lists.ptr.shape[0] > 1:  # heads may share entries: then their rows come several times
-        end, order = torch.sort(end, stable=True)
-        first_full = first_full[order]
-    entry = torch.arange(lists.index.numel(), device=end.device, dtype=torch.int32)
-    row = torch.searchsorted(end, entry, right=True)
-    followed = (row[1:] == row[:-1]) & (entry >= first_full[row])[:-1]
-    step = blocks.start[lists.index].diff()
-    return not bool((followed & (step != blocks.size * blocks.stride)).any())
+def _runs(rows: Rows, others: list[Blocks]) -> Bool[Tensor, "S"]:
+    """Tell of each part whether the full blocks of every list lie one after another."""
+    first, end = rows.ends[1:].unbind(0)
+    at = torch.stack([first, end - 1]).clamp(min=0).unbind(1)
+    ends = _look_up(rows, at)
+    # entries ascend: as many as lie between the first and the last are all of them
+    torn = (torch.stack([high - low for low, high in ends]) != end - first - 1) & (end > first)
+    for number, (blocks, (low, high)) in enumerate(zip(others, ends, strict=True)):
+        if not blocks.regular and len(blocks) > 1:
+            gaps = (blocks.start.diff() != blocks.size * blocks.stride).cumsum(0)
+            gaps = torch.cat([gaps.new_zeros(1), gaps])
+            torn[number] |= (gaps[low] != gaps[high]) & (end > first)[number]
+    return ~torn.flatten(1).any(1)

@@ -188,17 +188,12 @@ _SMALL = Config(64, 32, 4, 3, 128)
 
 DEFAULTS: Table = {
     ("forward", "half", 32): _any(64, 64, 4, 2, 128),
-    ("forward", "half", 64): {
-        "affine": Config(64, 64, 4, 3, 128),
-        "small": _SMALL,
-        "any": Config(64, 64, 4, 2, 128),
-    },
+    ("forward", "half", 64): {"small": _SMALL, "any": Config(64, 64, 4, 2, 128)},
     ("forward", "half", 128): _any(64, 64, 4, 3),
     ("forward", "half", 256): _any(64, 32, 4, 2),
     ("query", "half", 32): _any(64, 32, 4, 3, 128),
     ("query", "half", 64): {
         "affine": Config(64, 64, 4, 3, 168),
-        "listed/short": Config(64, 32, 4, 3, 128),
         "small": _SMALL,
         "any": Config(64, 64, 4, 2, 168),
     },
