@@ -109,7 +109,7 @@ def other_side(
                 ragged=blocks.size % tile != 0,
                 indexed=blocks.order.numel() > 0,
                 wide=_is_wide(blocks, tile, token_elements),
-                boxed=_boxed(blocks, tile) if boxes else NO_BOX,
+                boxed=_boxed(blocks, tile, natural) if boxes else NO_BOX,
                 natural=natural,
                 relative=relative,
                 regular=blocks.regular,
@@ -128,14 +128,15 @@ def _is_wide(blocks: Blocks, tile: int, token_elements: int) -> bool:
     return gathered or tile * blocks.stride * token_elements >= 2**31
 
 
-def _boxed(blocks: Blocks, tile: int) -> int:
+def _boxed(blocks: Blocks, tile: int, natural: bool) -> int:
     """Tell whose tiles are boxes in memory.
 
-    Lanes beyond a partial block may lie in another sequence, of which nothing may be read.
+    Lanes beyond a partial block may lie in another sequence, of which nothing may be read. Loops
+    that load coordinates for their masks are short of registers, and boxes want some.
     """
     if blocks.order.numel() or blocks.stride != 1 or blocks.size % tile:
         return NO_BOX
-    return BOXED if blocks.regular else FULL_BOXED
+    return BOXED if blocks.regular and natural else FULL_BOXED
 
 
 def takes_boxes(head_dim: int, tensors: tuple[Tensor, Tensor]) -> bool:

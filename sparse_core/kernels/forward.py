@@ -19,6 +19,7 @@ from sparse_core.kernels.tiles import (
     load_coords,
     load_rows,
     load_tile,
+    mostly_masked,
     next_block,
     num_tiles,
     other_axes,
@@ -277,7 +278,8 @@ def forward_kernel(
     own_coords = load_coords(query_coords, tokens, exists, P)
     own_flags = tl.load(query_flags + tokens, mask=exists, other=0)
     HALF: tl.constexpr = q.dtype.element_ty.primitive_bitwidth == 16
-    STEADY: tl.constexpr = HALF and key_bias is None and slopes is None
+    BIASED: tl.constexpr = key_bias is not None or slopes is not None
+    STEADY: tl.constexpr = HALF and not BIASED and not mostly_masked(META, 0)
     acc1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
     acc2 = acc1
     if D2 > 0:
