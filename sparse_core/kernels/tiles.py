@@ -169,12 +169,6 @@ def only_intervals(meta, s):
 
 
 @triton.constexpr_function
-def mostly_masked(meta, s):
-    """Whether few blocks of a part are full: windows of several axes."""
-    return only_intervals(meta, s) > 1
-
-
-@triton.constexpr_function
 def barring(meta, s, own, own_is_query):
     """Where the bits are named that leave tokens out of a part: own tokens, or the other side's."""
     code = QUERY_FLAG if own == own_is_query else KEY_FLAG
