@@ -95,7 +95,8 @@ def make_schedule(
 ) -> Schedule:
     """Plan the launches for the parts of a layout."""
     by_queries, by_keys = _families(parts, "queries"), _families(parts, "keys")
-    queries = _agenda(parts, by_queries, "queries", query_coords.shape[0])
+    cutter = _Cutter()
+    queries = _agenda(parts, by_queries, "queries", query_coords.shape[0], cutter)
     if query_coords.shape[0] == key_coords.shape[0] and _mirrored(parts, by_queries, by_keys):
         turns, _ = _in_turn(by_keys, key_coords.shape[0])
         launches = [
@@ -104,7 +105,7 @@ def make_schedule(
         ]
         keys = replace(queries, launches=tuple(launches))
     else:
-        keys = _agenda(parts, by_keys, "keys", key_coords.shape[0])
+        keys = _agenda(parts, by_keys, "keys", key_coords.shape[0], cutter)
     return Schedule(queries, keys, _spacing(query_coords, key_coords, lengths, key_lengths))
 
 
@@ -199,8 +200,11 @@ def _places(base: Blocks, blocks: Blocks) -> tuple[bool, Int[Tensor, "R"] | None
         return False, None
     if len(base) == len(blocks) and torch.equal(base.start, blocks.start):
         return torch.equal(base.count, blocks.count), None
-    starts, order = torch.sort(base.start)
-    places = order[torch.searchsorted(starts, blocks.start).clamp(max=len(base) - 1)]
+    if base.regular:
+        places = (blocks.start.long() // base.size).clamp(max=len(base) - 1)
+    else:
+        starts, order = torch.sort(base.start)
+        places = order[torch.searchsorted(starts, blocks.start).clamp(max=len(base) - 1)]
     same = (base.start[places] == blocks.start) & (base.count[places] == blocks.count)
     return bool(same.all()), places
 
@@ -211,9 +215,15 @@ def _in_turn(families: list[Family], num_tokens: int) -> tuple[list[Family], boo
     return ([*families[1:], families[0]] if complete else families), complete
 
 
-def _agenda(parts: tuple["Part", ...], found: list[Family], side: Side, num_tokens: int) -> Agenda:
+def _agenda(
+    parts: tuple["Part", ...],
+    found: list[Family],
+    side: Side,
+    num_tokens: int,
+    cutter: "_Cutter",
+) -> Agenda:
     families, complete = _in_turn(found, num_tokens)
-    launches = tuple(_launch(parts, family, side, num_tokens) for family in families)
+    launches = tuple(_launch(parts, family, side, num_tokens, cutter) for family in families)
     early = [family.blocks for family in (families[:-1] if complete else families)]
     state_of, num_states = _state_places(early, num_tokens)
     fresh = bool(early) and early[0].num_tokens == num_states
@@ -261,7 +271,9 @@ def rows_of(lists: list["Lists"], places: list[Int[Tensor, "N"] | None], num_blo
     return Rows(torch.stack(found, 1), tuple(entries))
 
 
-def _launch(parts: tuple["Part", ...], family: Family, side: Side, num_tokens: int) -> Launch:
+def _launch(
+    parts: tuple["Part", ...], family: Family, side: Side, num_tokens: int, cutter: "_Cutter"
+) -> Launch:
     other = "keys" if side == "queries" else "queries"
     lists = [parts[n].rows if side == "queries" else parts[n].columns for n in family.numbers]
     rows = rows_of(lists, family.places, len(family.blocks))
@@ -272,7 +284,7 @@ def _launch(parts: tuple["Part", ...], family: Family, side: Side, num_tokens: i
     longest, *runs = torch.cat([longest, affine]).tolist()  # the host waits once
     own_size, other_size = family.blocks.size, max(b.size for b in others)
     limit = _item_length(length, longest, own_size, other_size, num_tokens)
-    items, splits, num_slots = _items(length, longest, limit)
+    items, splits, num_slots = cutter.items(length, longest, limit)
     ranges = cut_ranges(rows, items, whole=longest <= limit)
     numbers = tuple(family.numbers)
     return Launch(items, ranges, splits, numbers, tuple(map(bool, runs)), num_slots)
@@ -292,10 +304,28 @@ def _item_length(
     return limit
 
 
-def _items(
-    length: Int[Tensor, "G R"], longest: int, limit: int
-) -> tuple[Int[Tensor, "G I 4"], Int[Tensor, "G K 3"], int]:
-    """Write the items of each group, long ones first."""
+class _Cutter:
+    """Cuts lists into items, and remembers how: both sides' lists are often as long."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Int[Tensor, "G R"], int, Items]] = []
+
+    def items(self, length: Int[Tensor, "G R"], longest: int, limit: int) -> "Items":
+        """Write the items of each group, long ones first."""
+        for known, known_limit, items in self._known:
+            alike = known_limit == limit and known.shape == length.shape
+            if alike and torch.equal(known, length):
+                return items
+        items = _items(length, longest, limit)
+        self._known.append((length, limit, items))
+        return items
+
+
+Items = tuple[Int[Tensor, "G I 4"], Int[Tensor, "G K 3"], int]
+"""Items, splits and the number of slots of a launch."""
+
+
+def _items(length: Int[Tensor, "G R"], longest: int, limit: int) -> Items:
     groups, rows = length.shape
     device = length.device
     if longest <= limit:
