@@ -124,7 +124,7 @@ def _trials(dtype: str, head_dim: int, case: str) -> list[Trial]:
     return [
         Trial(kernel, dtype, rounded, case, astuple(c))
         for kernel in tuning.KERNELS
-        for c in tuning.candidates(kernel, dtype, rounded)
+        for c in tuning.candidates(kernel, dtype, rounded, case.split("/")[0])
     ]
 
 

@@ -235,28 +235,14 @@ DEFAULTS: Table = {
 """Choices by (kernel, dtype, head dimension), then by "kind/length", kind, or "any"."""
 
 _HALF: dict[Kernel, tuple[Config, ...]] = {
-    "forward": (
-        Config(64, 64, 4, 2, 128),
-        Config(64, 64, 4, 2, 168),
-        Config(64, 64, 4, 3, 128),
-        Config(64, 32, 4, 3, 128),
-    ),
-    "query": (
-        Config(64, 32, 4, 3, 128),
-        Config(64, 64, 4, 2, 168),
-        Config(64, 64, 4, 3, 168),
-    ),
-    "key": (
-        Config(64, 32, 4, 3, 168),
-        Config(64, 32, 4, 3, 128),
-        Config(64, 64, 4, 3, 168),
-        Config(64, 64, 4, 2),
-    ),
+    "forward": (Config(64, 64, 4, 2, 128), Config(64, 64, 4, 3, 128)),
+    "query": (Config(64, 64, 4, 2, 168), Config(64, 64, 4, 3, 168)),
+    "key": (Config(64, 64, 4, 3, 168), Config(64, 64, 4, 2)),
 }
 _HALF_128: dict[Kernel, tuple[Config, ...]] = {
-    "forward": (Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 32, 4, 3, 168)),
-    "query": (Config(64, 64, 4, 2), Config(64, 32, 4, 2, 168), Config(64, 32, 4, 3)),
-    "key": (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(64, 32, 4, 3)),
+    "forward": (Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
+    "query": (Config(64, 64, 4, 2), Config(64, 32, 4, 3)),
+    "key": (Config(64, 64, 4, 2), Config(64, 32, 4, 3)),
 }
 _HALF_256: dict[Kernel, tuple[Config, ...]] = {
     "forward": (Config(64, 32, 4, 2), Config(64, 64, 8, 2)),
@@ -267,10 +253,18 @@ _SINGLE: tuple[Config, ...] = (Config(32, 32, 4, 1), Config(32, 16, 4, 1))
 _SINGLE_256: tuple[Config, ...] = (Config(16, 16, 4, 1), Config(32, 16, 8, 1))
 
 
-def candidates(kernel: Kernel, dtype: str, head_dim: int) -> tuple[Config, ...]:
-    """List what may be chosen: the shipped choices and others worth a trial."""
+def candidates(
+    kernel: Kernel, dtype: str, head_dim: int, kind: str | None = None
+) -> tuple[Config, ...]:
+    """List what may be chosen for a kind, or for any: the shipped choices and others worth a trial.
+
+    Few, since compiling them is most of tuning's time; what else was tried stands in the README.
+    """
+    shipped = DEFAULTS[kernel, dtype, head_dim]
+    if kind is not None:
+        shipped = {name: c for name, c in shipped.items() if name.split("/")[0] in (kind, "any")}
     if dtype == "half":
         more = {128: _HALF_128, 256: _HALF_256}.get(head_dim, _HALF)[kernel]
     else:
         more = _SINGLE if head_dim < 256 else _SINGLE_256
-    return tuple(dict.fromkeys([*DEFAULTS[kernel, dtype, head_dim].values(), *more]))
+    return tuple(dict.fromkeys([*shipped.values(), *more]))
