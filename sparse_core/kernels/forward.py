@@ -92,7 +92,7 @@ def attend(
 ):
     """Take the list entries first to last - 1 of one part into the softmax.
 
-    `STEADY` leaves the maxima as they are.
+    `STEADY` leaves the maxima as they are; `total` then is [M, 4], parts of each row's sum.
     """
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
@@ -135,7 +135,9 @@ def attend(
             scores = tl.where(exists[None, :], scores, -float("inf"))
         if STEADY:
             weights = tl.math.exp2(scores * scale - largest[:, None])
-            total += tl.sum(weights, 1)
+            # columns of a product lie two by two in four threads: each adds up its own
+            shares = tl.reshape(weights, (weights.shape[0], BLOCK // 8, 4, 2))
+            total += tl.sum(tl.sum(shares, 3), 1)
         else:
             weights, largest, total, share = softmax_step(
                 scores, scale, largest, total, CHECK or key_bias is not None
@@ -327,9 +329,10 @@ def forward_kernel(
                 META, s, False, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
             )  # fmt: skip
             if STEADY:
+                sums = tl.zeros((BLOCK_OWN, 4), tl.float32)
                 full_block = tl.load(parts[s].indices + first, mask=first < end, other=0)
-                acc1, acc2, largest, total = attend(
-                    acc1, acc2, largest, total, q1, q2, k, v, k_box, v_box, sample,
+                acc1, acc2, largest, sums = attend(
+                    acc1, acc2, largest, sums, q1, q2, k, v, k_box, v_box, sample,
                 kv_head, key_bias, slope, parts[s],
                     num_keys, numbers[s],
                     key_coords, key_flags, tokens, own_coords, own_flags,
@@ -337,6 +340,7 @@ def forward_kernel(
                     stride_kt, stride_vt, scale_log2,
                     META, s, False, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
                 )  # fmt: skip
+                total += tl.sum(sums, 1)
         attempt += 2
         if STEADY:
             if outgrown(acc1, acc2, total, D2):
