@@ -57,8 +57,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-t
 class FitSettings:
     """How to train; the names are those of the configuration.
 
-    A batch holds at most `max_tokens` tokens and `batch_size` sequences; a longer sequence comes
-    alone. With `steps` the number of epochs follows: as many whole ones as hold at least so many
+    A batch holds at most `max_tokens` tokens, a longer sequence comes alone; the batches that all
+    devices take at once hold at most `batch_size` sequences. With `steps` the number of epochs follows: as many whole ones as hold at least so many
     steps.
     `select` chooses the weights that are kept: the epoch with the lowest validation loss, with the
     highest validation score of the objective by its name (auroc, r2, c_index), or the last.
@@ -518,11 +518,17 @@ class _Batches(LightningDataModule):
             count = len(self._sampler(epoch))
         return -(-count // self._settings.accumulate)
 
+    @property
+    def _batch_size(self) -> int | None:
+        """Sequences of a batch of one device: a step then learns from as many on any number."""
+        size, devices = self._settings.batch_size, self.trainer.world_size if self.trainer else 1
+        return None if size is None else -(-size // devices)
+
     def _stream(self, data: MakesBatches, epoch: int) -> BatchStream:
         return data.batches(
             epoch=epoch,
             max_tokens=self._settings.max_tokens,
-            max_sequences=self._settings.batch_size,
+            max_sequences=self._batch_size,
             weights=self._sample_weights,
             rank=self.trainer.global_rank if self.trainer else 0,
             num_ranks=self.trainer.world_size if self.trainer else 1,
@@ -532,7 +538,7 @@ class _Batches(LightningDataModule):
         sampler = TokenBudgetBatches(
             self._train.lengths,
             self._settings.max_tokens,
-            max_sequences=self._settings.batch_size,
+            max_sequences=self._batch_size,
             shuffle=True,
             seed=self._settings.seed,
             rank=self.trainer.global_rank if self.trainer else 0,

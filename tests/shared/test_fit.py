@@ -488,7 +488,7 @@ def run(config):
     train, val = parts.draw_examples(30), parts.draw_examples(10, seed=1)
     for name in ("ours", "baseline"):
         seed_everything(0)
-        settings = replace(FitSettings.from_config(config), max_tokens=30)
+        settings = FitSettings.from_config(config)
         out = Path(config["out"]) / name
         objective = Classification(("a", "b"))
         network, report = fit(
@@ -527,12 +527,13 @@ def test_several_tasks_of_slurm_are_refused_where_devices_are_several(
     assert report.epochs == 1
 
 
-def test_two_processes_train_one_network_after_another(tmp_path: Path) -> None:
+def test_two_processes_train_one_network_after_another_in_shared_batches(tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     parts = Path(__file__).with_name("conftest.py")
     script.write_text(DISTRIBUTED.replace("PARTS", repr(str(parts))))
     settings = [
         "epochs=2",
+        "batch_size=10",
         "trainer=ddp",
         "trainer.accelerator=cpu",
         "trainer.devices=2",
@@ -555,7 +556,7 @@ def test_two_processes_train_one_network_after_another(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     ours, baseline = (line.split()[1:] for line in done.stdout.splitlines())
     assert ours == baseline
-    assert ours[0] == "6"
+    assert ours[0] == "6"  # as on one device: both share batches of ten
     assert (tmp_path / "a b=(c), ${d}" / "ours" / "last.ckpt").exists()
 
 
