@@ -58,8 +58,8 @@ class FitSettings:
     """How to train; the names are those of the configuration.
 
     A batch holds at most `max_tokens` tokens, a longer sequence comes alone; the batches that all
-    devices take at once hold at most `batch_size` sequences. With `steps` the number of epochs follows: as many whole ones as hold at least so many
-    steps.
+    devices take at once hold at most `batch_size` sequences. With `steps` the number of epochs
+    follows: as many whole ones as hold at least so many steps.
     `select` chooses the weights that are kept: the epoch with the lowest validation loss, with the
     highest validation score of the objective by its name (auroc, r2, c_index), or the last.
     `patience` stops after so many epochs without a better
