@@ -170,10 +170,11 @@ class Family:
 
 
 def _families(parts: tuple["Part", ...], side: Side) -> list[Family]:
-    """Put parts together, those that reach most tokens first."""
+    """Put parts together, those that reach most tokens first, then those of most blocks."""
     sides: list[Blocks] = [getattr(part, side) for part in parts]
     families: list[Family] = []
-    for number in sorted(range(len(parts)), key=lambda n: sides[n].num_tokens, reverse=True):
+    reach = [(blocks.num_tokens, part.num_blocks) for blocks, part in zip(sides, parts, strict=True)]
+    for number in sorted(range(len(parts)), key=reach.__getitem__, reverse=True):
         for index, family in enumerate(families):
             found, places = _places(family.blocks, sides[number])
             if found:
