@@ -173,7 +173,7 @@ def _families(parts: tuple["Part", ...], side: Side) -> list[Family]:
     """Put parts together, those that reach most tokens first, then those of most blocks."""
     sides: list[Blocks] = [getattr(part, side) for part in parts]
     families: list[Family] = []
-    reach = [(blocks.num_tokens, part.num_blocks) for blocks, part in zip(sides, parts, strict=True)]
+    reach = [(x.num_tokens, part.num_blocks) for x, part in zip(sides, parts, strict=True)]
     for number in sorted(range(len(parts)), key=reach.__getitem__, reverse=True):
         for index, family in enumerate(families):
             found, places = _places(family.blocks, sides[number])
