@@ -137,11 +137,21 @@ def _grouped(trials: list[Trial]) -> dict[tuple[str, str, int, str], list[Trial]
 
 
 def _check_side_by_side(trials: list[Trial]) -> dict[Trial, str | None]:
-    """Compile and check every trial; what is wrong with it, or None."""
-    workers = min(os.cpu_count() or 1, 16)
+    """Compile and check every trial; what is wrong with it, or None.
+
+    Trials of one case share a process, and with it what they compile alike.
+    """
+    cases: dict[tuple[str, int, str], list[Trial]] = {}
+    for trial in trials:
+        cases.setdefault((trial.dtype, trial.head_dim, trial.case), []).append(trial)
+    workers = min(os.cpu_count() or 1, len(cases))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        found = pool.map(check, trials)
-        return dict(zip(trials, found, strict=True))
+        found = pool.map(_check_all, cases.values())
+        return {trial: error for errors in found for trial, error in errors.items()}
+
+
+def _check_all(trials: list[Trial]) -> dict[Trial, str | None]:
+    return {trial: check(trial) for trial in trials}
 
 
 def check(trial: Trial) -> str | None:
