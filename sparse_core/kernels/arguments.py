@@ -142,16 +142,18 @@ def _boxed(blocks: Blocks, tile: int, natural: bool) -> int:
 def takes_boxes(head_dim: int, tensors: tuple[Tensor, Tensor]) -> bool:
     """Whether tiles of these tensors [B, T, H, D] may come by the tensor memory accelerator.
 
-    It is there from compute capability 9.0 on and wants addresses and strides of 16 bytes (CUDA
-    programming guide, tensor maps). Channels that come in two pieces have no boxes.
+    It is there from compute capability 9.0 on and wants addresses and strides that are multiples of
+    16 bytes (CUDA driver API, cuTensorMapEncodeTiled); expanded tensors have strides of none.
+    Channels that come in two pieces have no boxes.
     """
     if tensors[0].element_size() != 2 or split_head_dim(head_dim) != (head_dim, 0):
         return False
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
-        for x in tensors
-    )
-    return aligned and _has_accelerator(tensors[0].device)
+    return all(map(_is_box, tensors)) and _has_accelerator(tensors[0].device)
+
+
+def _is_box(x: Tensor) -> bool:
+    steps = (stride for stride, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
+    return x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
 
 
 @cache
@@ -208,7 +210,7 @@ def _barring(layout: BlockLayout, part: Part, side: Side) -> Int[Tensor, "R"]:
         else (part.queries, layout.query_flags, QUERY_FLAG)
     )
     earlier = decode(part.program)[1] if part.program else []
-    bits = sum({1 << clause[0][1] for clause in earlier if clause[0][0] == code})
+    bits = sum({1 << clause[0][1] for clause in earlier if clause and clause[0][0] == code})
     if not bits:
         return blocks.count[:0]
     tokens, exists = blocks.tokens()

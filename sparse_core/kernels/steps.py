@@ -50,15 +50,22 @@ class Step:
         """Describe tensors of the other side [B, T, H, D] as [B, H, T, D], tile by tile."""
         if not self.box:
             return (None,) * len(tensors)
-        return tuple(
-            TensorDescriptor(
-                x,
-                [x.shape[0], x.shape[2], x.shape[1], x.shape[3]],
-                [x.stride(0), x.stride(2), x.stride(1), 1],
-                [1, 1, self.box, x.shape[3]],
+        described = []
+        for x in tensors:
+            batch, tokens, heads, _ = x.shape
+            # the stride of a dimension of one is never taken, but must be one that could be
+            strides = [
+                step if size > 1 else 8 for size, step in zip(x.shape, x.stride(), strict=True)
+            ]
+            described.append(
+                TensorDescriptor(
+                    x,
+                    [batch, heads, tokens, x.shape[3]],
+                    [strides[0], strides[2], strides[1], 1],
+                    [1, 1, self.box, x.shape[3]],
+                )
             )
-            for x in tensors
-        )
+        return tuple(described)
 
     def grid(self, q: Tensor) -> tuple[int, int, int]:
         """Programs by items and tiles, heads, samples."""

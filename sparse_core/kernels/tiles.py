@@ -565,8 +565,9 @@ def term_holds(
     """Evaluate one term on each pair; the shape may be [M, N], [M, 1] or [1, N]."""
     if code(META, S, C, T) == INTERVAL_CODE:
         above, span = place_in_interval(
-            META, S, C, T, numbers, own_coords, other_coords, other_end, own_flags < 0, OWN_IS_QUERY
-        )
+            META, S, C, T, numbers, own_coords, other_coords, other_end,
+            own_flags != own_flags, OWN_IS_QUERY,
+        )  # fmt: skip
         return above <= span
     elif code(META, S, C, T) == CONGRUENT_CODE:
         block, stride = numbers[place(META, S, C, T)], numbers[place(META, S, C, T) + 1]

@@ -36,7 +36,7 @@ from sparse_core.testing import (
 
 if kernels.INSTALLED:
     from sparse_core.kernels import tiles, tuning
-    from sparse_core.kernels.arguments import split_head_dim
+    from sparse_core.kernels.arguments import _is_box, split_head_dim
     from sparse_core.kernels.forward import forward_kernel
 
 needs_triton = pytest.mark.skipif(not kernels.INSTALLED, reason="needs triton")
@@ -109,6 +109,16 @@ def test_parts_share_a_launch_where_their_blocks_are_among_the_others(
                     assert sorted(n for r in visited for n in r) == list(
                         range(int(ptr[row]), int(ptr[row + 1]))
                     )
+
+
+@needs_triton
+def test_boxes_are_of_aligned_tensors_that_are_not_expanded() -> None:
+    x = torch.zeros(2, 64, 4, 72, dtype=torch.bfloat16)
+    good, one_head = x[..., :64], x[:, :, :1, :64]
+    assert all(map(_is_box, (good, one_head, one_head.mT.contiguous().mT, x[..., 8:])))
+    row = torch.zeros(1, 1, 4, 64, dtype=torch.bfloat16)
+    odd = torch.zeros(1, 64, 4, 65, dtype=torch.bfloat16)[..., :64]
+    assert not any(map(_is_box, (row.expand(1, 64, 4, 64), odd, x[..., 4:68])))
 
 
 def test_auto_takes_what_can_run() -> None:
@@ -414,6 +424,24 @@ def test_inputs_as_they_come() -> None:
         found[backend] = (out.detach().cpu(), leaf.grad.cpu())
     for got, wanted in zip(found["triton"], found["reference"], strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("reduce", ["sum", "mean over tokens", "one head"])
+def test_gradients_that_are_expanded_and_dimensions_of_one(reduce: str) -> None:
+    heads = 1 if reduce == "one head" else 4
+    layout = build_layout(SlidingWindow(70), 200)
+    given = torch.randn(1, 200, heads, 64).bfloat16()
+    found = {}
+    for backend, device in (("reference", "cpu"), ("triton", "cuda")):
+        leaf = given.to(device, torch.float64 if device == "cpu" else None).requires_grad_()
+        out = sparse_attention(leaf, leaf, leaf, layout.to(device), backend=backend)
+        assert isinstance(out, Tensor)
+        (out.mean(1) if reduce == "mean over tokens" else out).sum().backward()
+        assert leaf.grad is not None
+        found[backend] = leaf.grad.double().cpu()
+    error = (found["triton"] - found["reference"]).norm() / found["reference"].norm()
+    assert error < 0.02
 
 
 @on_gpu
