@@ -82,7 +82,8 @@ def check_training(config: dict[str, Any]) -> FitSettings:
     if not 0 <= config["window_overlap"] < config["context"]:
         raise InputError(
             "window_overlap must be at least 0 and below context; got "
-            f"window_overlap={config['window_overlap']}, context={config['context']}"
+            f"window_overlap={config['window_overlap']}, context={config['context']}; "
+            "window_overlap=0 cuts windows end to end"
         )
     check_policy(config["overlap"])
     if config["data"]["name"] == "sequences":

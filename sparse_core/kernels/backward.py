@@ -12,6 +12,7 @@ import triton.language as tl
 from sparse_core.kernels.tiles import (
     GO_ON,
     LOG2_E,
+    MASKED_STAGES,
     affine,
     distance,
     guarded,
@@ -78,7 +79,9 @@ def query_steps(
     """Add what the list entries first to last - 1 of one part give to dQ."""
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
-    for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
+    STAGES: tl.constexpr = MASKED_STAGES if MASKED else None
+    count = num_tiles(part, META, S, first, last, AFFINE, BLOCK)
+    for tile in tl.range(0, count, num_stages=STAGES):
         origin, rows, lanes, exists, end, entry, inner = other_tokens(
             part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
         )
@@ -358,7 +361,9 @@ def key_steps(
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
     GUARD: tl.constexpr = CHECK and guarded(META, S)
-    for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
+    STAGES: tl.constexpr = MASKED_STAGES if MASKED else None
+    count = num_tiles(part, META, S, first, last, AFFINE, BLOCK)
+    for tile in tl.range(0, count, num_stages=STAGES):
         origin, rows, lanes, exists, end, entry, inner = other_tokens(
             part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
         )

@@ -13,6 +13,7 @@ from sparse_core.kernels.tiles import (
     GO_ON,
     LN_2,
     LOG2_E,
+    MASKED_STAGES,
     affine,
     distance,
     keep_pairs,
@@ -96,7 +97,9 @@ def attend(
     """
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
-    for tile in range(0, num_tiles(part, META, S, first, last, AFFINE, BLOCK)):
+    STAGES: tl.constexpr = MASKED_STAGES if MASKED else None
+    count = num_tiles(part, META, S, first, last, AFFINE, BLOCK)
+    for tile in tl.range(0, count, num_stages=STAGES):
         origin, rows, lanes, exists, end, entry, inner = other_tokens(
             part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
         )

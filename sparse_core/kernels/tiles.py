@@ -19,6 +19,12 @@ NO_BOX, FULL_BOXED, BOXED = range(3)
 """Which tiles of a part are boxes in memory: none, those of full blocks, all."""
 INTERVAL, CONGRUENT, QUERY_FLAG, KEY_FLAG = range(4)
 """The codes of sparse_core.masking; a test holds them equal."""
+MASKED_STAGES = tl.constexpr(None if triton.__version__.startswith("3.6.") else 2)
+"""Stages of loops that look up what their masks need; None leaves it to the configuration.
+
+With three, Triton 3.5 and 3.9 refuse such loops ("Op used before defined"); 3.6 takes them, and is
+what the figures were measured with.
+"""
 GO_ON = tl.constexpr(WHOLE)
 """Slot of an item of which an earlier launch may have left a state."""
 FAR = tl.constexpr(2**31 - 1)
