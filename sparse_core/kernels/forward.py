@@ -336,7 +336,7 @@ def forward_kernel(
                 full_block = tl.load(parts[s].indices + first, mask=first < end, other=0)
                 acc1, acc2, largest, sums = attend(
                     acc1, acc2, largest, sums, q1, q2, k, v, k_box, v_box, sample,
-                kv_head, key_bias, slope, parts[s],
+                    kv_head, key_bias, slope, parts[s],
                     num_keys, numbers[s],
                     key_coords, key_flags, tokens, own_coords, own_flags,
                     own_inner, first, end, full_block,
