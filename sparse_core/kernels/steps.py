@@ -53,10 +53,8 @@ class Step:
         described = []
         for x in tensors:
             batch, tokens, heads, _ = x.shape
-            # the stride of a dimension of one is never taken, but must be one that could be
-            strides = [
-                step if size > 1 else 8 for size, step in zip(x.shape, x.stride(), strict=True)
-            ]
+            # that of a dimension of one may be any number, but must be one that could be taken
+            strides = [step if step > 0 and step % 8 == 0 else 8 for step in x.stride()[:3]]
             described.append(
                 TensorDescriptor(
                     x,
