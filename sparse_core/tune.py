@@ -93,11 +93,11 @@ def main() -> int:
     ]
     errors = _check_side_by_side(trials)
     choices, missing = {}, []
-    for (kernel, dtype, head_dim, case), group in _grouped(trials).items():
+    for names, group in _grouped(trials, "kernel", "dtype", "head_dim", "case").items():
         times = {t: _time(t) for t in group if errors[t] is None}
         for trial in group:
             print(_line(trial, times.get(trial), errors[trial]), flush=True)
-        name = f"{kernel}/{dtype}/{head_dim}/{case}"
+        name = "/".join(map(str, names))
         if times:
             choices[name] = tuning.Config(*min(times, key=times.__getitem__).config)
         else:
@@ -128,11 +128,11 @@ def _trials(dtype: str, head_dim: int, case: str) -> list[Trial]:
     ]
 
 
-def _grouped(trials: list[Trial]) -> dict[tuple[str, str, int, str], list[Trial]]:
-    groups: dict[tuple[str, str, int, str], list[Trial]] = {}
+def _grouped(trials: list[Trial], *names: str) -> dict[tuple[object, ...], list[Trial]]:
+    """Put trials together that are equal in the named fields."""
+    groups: dict[tuple[object, ...], list[Trial]] = {}
     for trial in trials:
-        key = (trial.kernel, trial.dtype, trial.head_dim, trial.case)
-        groups.setdefault(key, []).append(trial)
+        groups.setdefault(tuple(getattr(trial, name) for name in names), []).append(trial)
     return groups
 
 
@@ -141,12 +141,10 @@ def _check_side_by_side(trials: list[Trial]) -> dict[Trial, str | None]:
 
     Trials of one case share a process, and with it what they compile alike.
     """
-    cases: dict[tuple[str, int, str], list[Trial]] = {}
-    for trial in trials:
-        cases.setdefault((trial.dtype, trial.head_dim, trial.case), []).append(trial)
+    cases = _grouped(trials, "dtype", "head_dim", "case").values()
     workers = min(os.cpu_count() or 1, len(cases))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        found = pool.map(_check_all, cases.values())
+        found = pool.map(_check_all, cases)
         return {trial: error for errors in found for trial, error in errors.items()}
 
 

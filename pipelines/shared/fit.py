@@ -455,7 +455,7 @@ _HINTS = (
     r".*GPU available but not used.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*`IterableDataset` has `__len__` defined.*",  # each worker makes its own batches
-    # Lightning before 2.7 sets DDP up on a stream of its own (its issue 21567)
+    # Lightning sets DDP up on a stream of its own (its issue 21567)
     r".*AccumulateGrad node's stream does not match.*",
 )
 
@@ -523,28 +523,35 @@ class _Batches(LightningDataModule):
     @property
     def _batch_size(self) -> int | None:
         """Sequences of a batch of one device: a step then learns from as many on any number."""
-        size, devices = self._settings.batch_size, self.trainer.world_size if self.trainer else 1
-        return None if size is None else -(-size // devices)
+        size, (_, num_ranks) = self._settings.batch_size, self._ranks
+        return None if size is None else -(-size // num_ranks)
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """Which process this is, and of how many."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _stream(self, data: MakesBatches, epoch: int) -> BatchStream:
+        rank, num_ranks = self._ranks
         return data.batches(
             epoch=epoch,
             max_tokens=self._settings.max_tokens,
             max_sequences=self._batch_size,
             weights=self._sample_weights,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            num_ranks=self.trainer.world_size if self.trainer else 1,
+            rank=rank,
+            num_ranks=num_ranks,
         )
 
     def _sampler(self, epoch: int) -> TokenBudgetBatches:
+        rank, num_ranks = self._ranks
         sampler = TokenBudgetBatches(
             self._train.lengths,
             self._settings.max_tokens,
             max_sequences=self._batch_size,
             shuffle=True,
             seed=self._settings.seed,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            num_ranks=self.trainer.world_size if self.trainer else 1,
+            rank=rank,
+            num_ranks=num_ranks,
             weights=self._sample_weights,
             suffices=None if self._targets is None else self._suffices,
         )
