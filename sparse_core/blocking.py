@@ -1,6 +1,7 @@
 """Cutting one side of a layout, queries or keys, into blocks."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -35,6 +36,12 @@ class Blocks:
         exists = inner < self.count[:, None]
         position = self.start[:, None].long() + torch.where(exists, inner * self.stride, 0)
         return (self.order[position].long() if self.order.numel() else position), exists
+
+    @cached_property
+    def place(self) -> Int[Tensor, "R"]:
+        """Number the blocks, and skip a number before one that is not where the last ends."""
+        gap = self.start.diff() != self.size * self.stride
+        return torch.cat([gap.new_zeros(1), 1 + gap]).cumsum(0, dtype=torch.int32)
 
     def indexed(self) -> "Blocks":
         """Write the same blocks with an explicit table of tokens."""

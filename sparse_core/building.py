@@ -10,15 +10,7 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from sparse_core.blocking import Blocks, boxes_of, cut, sequence_tokens
-from sparse_core.layout import (
-    BlockLayout,
-    Lists,
-    Part,
-    merge,
-    split_copies,
-    stack,
-    stack_lists,
-)
+from sparse_core.layout import BlockLayout, Lists, Part, merge, stack, stack_lists
 from sparse_core.masking import Program, clauses_keep, encode, member_flags, pack_bits
 from sparse_core.pairing import Pairs, covers, listed_pairs, may_touch, touching_pairs
 from sparse_core.patterns.base import Pattern, Sum
@@ -37,7 +29,7 @@ from sparse_core.patterns.terms import (
     Tokens,
     simplify,
 )
-from sparse_core.schedule import make_schedule
+from sparse_core.schedule import make_schedule, split_copies
 
 MIN_BLOCK, SMALL_BLOCK, BLOCK = 16, 32, 64
 MAX_PAIRS = 2**21
@@ -430,9 +422,9 @@ def _all_lists(found: list[tuple[Entries, Blocks, Blocks]]) -> list[tuple[Lists,
     lists = [
         Lists(ptr, full, index, tile[order - first] if tile.numel() else tile)
         for ptr, full, index, tile, order, first in zip(
-            split_copies(place[:1], steps),
-            split_copies(place[1:], [n for size in sizes for n in (size, 1)])[::2],
-            split_copies(index, lengths),
+            split_copies(place[:1], steps, 1),
+            split_copies(place[1:], [n for size in sizes for n in (size, 1)], 1)[::2],
+            split_copies(index, lengths, 0),
             tiles,
             order.split(lengths),
             firsts,

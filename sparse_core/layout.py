@@ -331,12 +331,6 @@ def stack_lists(lists: list[Lists], tile_shifts: list[int]) -> Lists:
     )
 
 
-def split_copies(values: Int[Tensor, "*S N"], sizes: list[int]) -> list[Int[Tensor, "*S M"]]:
-    """Cut the last axis into tensors that own their memory: kernels want it aligned."""
-    pieces: list[Tensor] = torch.ops.aten.split_with_sizes_copy(values, sizes, -1)
-    return pieces
-
-
 def _shape(part: Part) -> tuple[object, ...]:
     sides = (part.queries, part.keys)
     return (*((len(b), b.size, b.stride, b.order.numel()) for b in sides), part.program)

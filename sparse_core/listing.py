@@ -11,7 +11,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sparse_core.layout import BlockLayout, Lists
-from sparse_core.schedule import ITEM_TOKENS, Agenda, Launch, cut_ranges, rows_of, size_class
+from sparse_core.schedule import (
+    ITEM_TOKENS,
+    Agenda,
+    Family,
+    Launch,
+    cut_ranges,
+    rows_of,
+    size_class,
+)
 
 SHARE = 16
 """A column is split when it is longer than so many of the longest rows: pieces then hold at most
@@ -44,10 +52,15 @@ def with_chosen(
     filled = replace(part, rows=rows, columns=columns)
     schedule = replace(
         layout.schedule,
-        queries=_agenda(layout.schedule.queries, rows, longest=width, limit=width),
+        queries=_agenda(
+            layout.schedule.queries,
+            Family(part.queries, (0,), (rows,), (part.keys,)),
+            longest=width,
+            limit=width,
+        ),
         keys=_agenda(
             layout.schedule.keys,
-            columns,
+            Family(part.keys, (0,), (columns,), (part.queries,)),
             longest=num_rows,
             limit=max(ITEM_TOKENS // part.queries.size, SHARE * width, 1),
         ),
@@ -76,9 +89,9 @@ def _compress(
     return Lists(place[:, ::2].contiguous(), place[:, 1::2].contiguous(), index, index[:0])
 
 
-def _agenda(agenda: Agenda, lists: Lists, *, longest: int, limit: int) -> Agenda:
+def _agenda(agenda: Agenda, family: Family, *, longest: int, limit: int) -> Agenda:
     """Cut lists longer than `limit` into pieces, long ones first; none exceeds `longest`."""
-    (launch,) = agenda.launches
+    (lists,) = family.lists
     groups, num_rows = lists.full.shape
     most_splits = lists.index.shape[0] // groups // limit if longest > limit else 0
     length = (lists.ptr[:, 1:] - lists.ptr[:, :-1]).long()
@@ -100,14 +113,17 @@ def _agenda(agenda: Agenda, lists: Lists, *, longest: int, limit: int) -> Agenda
     order = torch.sort(size, dim=1, descending=True, stable=True).indices
     items = items.gather(1, order[..., None].expand_as(items)).to(torch.int32)
     splits = _splits(split, first_slot, pieces, most_splits)
+    row = items[..., 0].clamp(min=0)
+    row = row + torch.arange(groups, device=row.device)[:, None] * num_rows
+    ranges = cut_ranges(rows_of([family]), row.flatten(), items[..., 1:3].flatten(0, 1).T)
     return replace(
         agenda,
         launches=(
             Launch(
                 items=items,
-                ranges=cut_ranges(rows_of([lists], [None], num_rows), items),
+                ranges=ranges.unflatten(0, items.shape[:2]),
                 splits=splits,
-                part_numbers=launch.part_numbers,
+                part_numbers=family.numbers,
                 affine=(False,),
                 num_slots=2 * most_splits,
             ),
