@@ -34,7 +34,7 @@ class Blocks:
         """List the tokens of all blocks, and which entries exist (others repeat the first)."""
         inner = torch.arange(self.size, device=self.start.device)
         exists = inner < self.count[:, None]
-        position = self.start[:, None].long() + torch.where(exists, inner * self.stride, 0)
+        position = self.start[:, None] + inner * self.stride * exists
         return (self.order[position].long() if self.order.numel() else position), exists
 
     @cached_property
@@ -83,7 +83,8 @@ def sequence_tokens(
         located = coords.to(torch.int32) if isinstance(coords, Tensor) else index[:, None]
         tokens = Tokens(located, index, torch.full_like(index, num_tokens))
         return tokens, torch.zeros_like(index, dtype=torch.int64)
-    if lengths.ndim != 1 or int(lengths.sum()) != num_tokens or bool((lengths < 0).any()):
+    wrong = (lengths.sum() != num_tokens) | (lengths < 0).any()
+    if lengths.ndim != 1 or bool(wrong):
         raise ValueError(
             f"segments are lengths that add up to {num_tokens} tokens; got {lengths.tolist()[:20]}"
         )
@@ -149,7 +150,7 @@ def boxes_of(blocks: Blocks, tokens: Tokens, group: Int[Tensor, "R"]) -> Boxes:
     known = torch.cat([tokens.coords, tokens.index[:, None], tokens.length[:, None]], 1)
     if not len(blocks):
         return Boxes(group.new_zeros(2, known.shape[1] + 1, 0))
-    bounds = torch.stack(torch.aminmax(known[members].long(), dim=1)).transpose(1, 2)
+    bounds = torch.stack(torch.aminmax(known[members], dim=1)).transpose(1, 2)
     return Boxes(torch.cat([bounds, group.expand(2, 1, -1)], 1))
 
 

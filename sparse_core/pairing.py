@@ -63,7 +63,7 @@ def listed_pairs(
         row, coarse = pattern.block_pairs(query.index_low // pattern.block, num_columns)
         place, column = expand_blocks(coarse, factor)
         row = row[place]
-        exists = column < columns[row_segment[row]]
+        exists = (column < columns[row_segment[row]]).nonzero()[:, 0]
         row, column = row[exists], column[exists]
         keys.append(row * len(key) + first_column[row_segment[row]] + column)
     unique = torch.unique(torch.cat(keys))
@@ -91,8 +91,8 @@ def _any_clause(
 
 def _is_sorted(boxes: Boxes) -> bool:
     low, high = boxes.on_axis(0)
-    same_group = boxes.group_low[1:] == boxes.group_low[:-1]
-    return bool(((low[1:] > high[:-1]) | ~same_group).all())
+    next_group = boxes.group_low[1:] != boxes.group_low[:-1]
+    return bool(((low[1:] > high[:-1]) | next_group).all())
 
 
 def _runs(own: list[Clause], query: Boxes, key: Boxes, *, single: bool) -> Pairs:
@@ -103,15 +103,13 @@ def _runs(own: list[Clause], query: Boxes, key: Boxes, *, single: bool) -> Pairs
     if not single:
         smallest = torch.minimum(query_low.min(), key_low.min())
         width = torch.maximum(query_high.max(), key_high.max()) - smallest + 3
-        key_start, query_start = (boxes.group_low * width for boxes in (key, query))
-        last_place = width - 1
 
-        def place(start: Tensor, coordinate: Tensor) -> Tensor:
-            inside = (coordinate - (smallest - 1)).clamp_(min=0)
-            return start + torch.minimum(inside, last_place)
+        def place(boxes: Boxes, *coordinates: Tensor) -> tuple[Tensor, ...]:
+            inside = (torch.stack(coordinates) - (smallest - 1)).clamp_(min=0)
+            return (boxes.group_low * width + torch.minimum(inside, width - 1)).unbind(0)
 
-        key_high, key_low = place(key_start, key_high), place(key_start, key_low)
-        first, last = place(query_start, first), place(query_start, last)
+        key_low, key_high = place(key, key_low, key_high)
+        first, last = place(query, first, last)
     begin = torch.searchsorted(key_high, first)
     return _spread(begin, torch.searchsorted(key_low, last, right=True))
 

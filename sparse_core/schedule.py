@@ -230,8 +230,8 @@ def _places(base: Blocks, blocks: Blocks) -> tuple[bool, Int[Tensor, "R"] | None
     else:
         starts, order = torch.sort(base.start)
         places = order[torch.searchsorted(starts, blocks.start).clamp(max=len(base) - 1)]
-    same = (base.start[places] == blocks.start) & (base.count[places] == blocks.count)
-    return bool(same.all()), places
+    found, wanted = (torch.stack([x.start, x.count]) for x in (base, blocks))
+    return torch.equal(found.index_select(1, places), wanted), places
 
 
 def _in_turn(families: list[Family], num_tokens: int) -> list[Family]:
@@ -260,10 +260,10 @@ def _state_places(early: list[Blocks], num_tokens: int) -> tuple[Int[Tensor, "T"
     known = torch.zeros(num_tokens, dtype=torch.bool, device=device)
     for blocks in early:
         if len(blocks):
-            tokens, exists = blocks.tokens()
-            known[tokens[exists]] = True
-    place = known.cumsum(0) - 1
-    return torch.where(known, place, -1).to(torch.int32), int(known.sum())
+            known[blocks.tokens()[0]] = True
+    place = known.cumsum(0)
+    num_states = early[0].num_tokens if len(early) == 1 else int(place[-1])
+    return torch.where(known, place - 1, -1).to(torch.int32), num_states
 
 
 @dataclass(frozen=True)
@@ -476,8 +476,8 @@ def split_copies(values: Int[Tensor, "..."], sizes: list[int], dim: int) -> list
 
 def _mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) -> Launch:
     """Say which whole blocks have no token with a place in the state."""
-    tokens, exists = blocks.tokens()
-    touched = ((state_of[tokens] >= 0) & exists).any(1)[launch.items[..., 0].long()]
+    tokens, _ = blocks.tokens()  # what does not exist repeats the first
+    touched = (state_of[tokens] >= 0).any(1)[launch.items[..., 0].long()]
     slot = launch.items[..., 3]
     slot = torch.where((slot == WHOLE) & ~touched, UNTOUCHED, slot)
     return replace(launch, items=torch.cat([launch.items[..., :3], slot[..., None]], -1))
