@@ -1,13 +1,12 @@
 """Cutting one side of a layout, queries or keys, into blocks."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_core.patterns.terms import Boxes, Tokens
+from sparse_core.patterns.terms import UNBOUNDED, Boxes, Tokens
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class Blocks:
         position = self.start[:, None] + inner * self.stride * exists
         return (self.order[position].long() if self.order.numel() else position), exists
 
-    @cached_property
-    def place(self) -> Int[Tensor, "R"]:
+    def places(self) -> Int[Tensor, "R"]:
         """Number the blocks, and skip a number before one that is not where the last ends."""
         gap = self.start.diff() != self.size * self.stride
         return torch.cat([gap.new_zeros(1), 1 + gap]).cumsum(0, dtype=torch.int32)
@@ -162,12 +160,13 @@ def _affine(
     num_tokens = order.numel()
     if not num_tokens:
         return Blocks(start, count, empty, 1, size, num_tokens, regular=False)
-    step = order.diff()
-    inside = torch.ones_like(step, dtype=torch.bool)
-    inside[start[1:].long() - 1] = False
-    steps = step[inside]
-    stride = int(steps[0]) if steps.numel() else 1
-    if bool((steps == stride).all()):
-        first = order[start.long()].to(torch.int32)
+    step = order.diff(append=order[-1:])
+    is_last = torch.zeros_like(step, dtype=torch.bool)
+    is_last[start + count - 1] = True
+    known = step.masked_fill(is_last, UNBOUNDED).min(), step.masked_fill(is_last, 0).max()
+    smallest, largest = torch.stack(known).tolist()
+    if smallest >= largest:  # no block has steps that differ; none has any if the largest is 0
+        first = order[start].to(torch.int32)
+        stride = max(largest, 1)
         return Blocks(first, count, empty, stride, size, num_tokens, regular=False)
     return Blocks(start, count, order.to(torch.int32), 1, size, num_tokens, regular=False)

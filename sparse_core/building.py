@@ -109,13 +109,14 @@ def build_layout(
         drafts.append(_draft_part(plan, earlier, sides, members, part_size))
         earlier += plan.clauses
     parts = tuple(_give_groups(part, num_groups) for part in _list_parts(drafts))
+    query_flags = member_flags(query.index, members)
     return BlockLayout(
         parts=parts,
         schedule=make_schedule(parts, query.coords, key.coords, lengths, key_lengths),
         query_coords=query.coords,
         key_coords=key.coords,
-        query_flags=member_flags(query.index, members),
-        key_flags=member_flags(key.index, members),
+        query_flags=query_flags,
+        key_flags=query_flags if key is query else member_flags(key.index, members),
         lengths=lengths,
         key_lengths=key_lengths,
         group_of=group_of,

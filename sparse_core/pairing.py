@@ -26,6 +26,12 @@ def touching_pairs(own: list[Clause], query: Boxes, key: Boxes, *, single: bool)
     if not len(query) or not len(key):
         empty = torch.zeros(0, dtype=torch.int64, device=query.bounds.device)
         return empty, empty
+    if () in own and single:
+        number = (
+            torch.arange(len(x), device=x.bounds.device, dtype=torch.int32) for x in (query, key)
+        )
+        row, column = torch.meshgrid(*number, indexing="ij")
+        return row.flatten(), column.flatten()
     if () in own:
         wanted, groups = query.group_low, key.group_low
         begin = torch.searchsorted(groups, wanted)

@@ -442,12 +442,14 @@ def cut_ranges(
 def _torn(rows: Rows, families: list[Family]) -> Bool[Tensor, "S N"]:
     """Tell of each list whether its full blocks do not lie one after another."""
     others = [blocks for family in families for blocks in family.others]
+    uneven = {id(blocks): blocks for blocks in others if len(blocks) and not blocks.regular}
     number = rows.entries
-    if not all(blocks.regular for blocks in others):
+    if uneven:
+        places = {key: blocks.places() for key, blocks in uneven.items()}
         lists = [_at_least_one(lists.index) for family in families for lists in family.lists]
         number = torch.cat(
             [
-                index if blocks.regular or not len(blocks) else blocks.place[index]
+                places[id(blocks)][index] if id(blocks) in uneven else index
                 for index, blocks in zip(lists, others, strict=True)
             ]
         )
