@@ -134,12 +134,14 @@ def _pieces(
         return start, (total - start).clamp(max=size), group[:1].repeat(start.numel()), 1
     values, lengths = torch.unique_consecutive(group, return_counts=True)
     num_blocks = (lengths + size - 1) // size
-    run = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(num_blocks)
-    inner = torch.arange(run.numel(), device=lengths.device)
-    inner = (inner - (num_blocks.cumsum(0) - num_blocks)[run]) * size
-    start = (lengths.cumsum(0) - lengths)[run] + inner
-    count = (lengths[run] - inner).clamp(max=size)
-    return start.to(torch.int32), count.to(torch.int32), values[run], values.numel()
+    end = lengths.cumsum(0)
+    # a run's first block is not at its number times the size, but so much further on
+    shift = end - lengths - (num_blocks.cumsum(0) - num_blocks) * size
+    known = torch.stack([shift, end, values]).repeat_interleave(num_blocks, dim=1)
+    shift, end, owner = known.unbind(0)
+    start = torch.arange(0, owner.numel() * size, size, device=group.device) + shift
+    count = (end - start).clamp(max=size)
+    return start.to(torch.int32), count.to(torch.int32), owner, values.numel()
 
 
 def boxes_of(blocks: Blocks, tokens: Tokens, group: Int[Tensor, "R"]) -> Boxes:
