@@ -352,8 +352,8 @@ class Operations(TorchDispatchMode):
         (SlidingWindow(512), 220),
         (SlidingWindow(256) | GlobalTokens(64), 430),
         (SlidingWindow(96) | GlobalTokens(128) | RandomBlocks(3, block=64), 550),
-        (SlidingWindow(8), 500),
-        (SlidingWindow(8) | GlobalTokens(4), 680),
+        (SlidingWindow(8), 600),
+        (SlidingWindow(8) | GlobalTokens(4), 780),
     ],
     ids=str,
 )
