@@ -42,6 +42,7 @@ class Other(NamedTuple):
     full: Tensor
     indices: Tensor
     tile: Tensor
+    bias: Tensor | None
     start: Tensor
     counts: Tensor
     order: Tensor
@@ -71,6 +72,8 @@ class Meta(NamedTuple):
     regular: bool
     affine: bool
     bits: bool
+    biased: bool
+    takes_key_bias: bool
     num_own: int
     clauses: Clauses
 
@@ -113,8 +116,10 @@ def other_side(
                 natural=natural,
                 relative=relative,
                 regular=blocks.regular,
-                affine=affine,
+                affine=affine and not part.num_biases,
                 bits=not part.program,
+                biased=part.num_biases > 0,
+                takes_key_bias=part.takes_key_bias,
                 num_own=part.program[0] if part.program else 0,
                 clauses=clauses,
             )
@@ -197,8 +202,8 @@ def _other(layout: BlockLayout, part: Part, side: Side) -> Other:
     lists: Lists = part.rows if side == "queries" else part.columns
     blocks = part.keys if side == "queries" else part.queries
     return Other(
-        lists.ptr, lists.full, lists.index, lists.tile, blocks.start, blocks.count, blocks.order,
-        part.tiles, _barring(layout, part, side), blocks.size, blocks.stride,
+        lists.ptr, lists.full, lists.index, lists.tile, lists.bias, blocks.start, blocks.count,
+        blocks.order, part.tiles, _barring(layout, part, side), blocks.size, blocks.stride,
         part.tiles.shape[1], part.tiles.shape[2],
     )  # fmt: skip
 

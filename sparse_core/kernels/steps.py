@@ -29,13 +29,15 @@ class Step:
 
     `final` says that it writes results, `prior` that it goes on from a state. `description` are the
     tensors that describe the layout, `sizes` its numbers, `constants` what is compiled. `box` are
-    the rows of the other side's tiles if some of them are boxes in memory, else 0.
+    the rows of the other side's tiles if some of them are boxes in memory, else 0. `biased` says
+    that entries of some part take numbers of `block_bias`.
     """
 
     own: Own
     final: bool
     prior: bool
     num_programs: int
+    own_tiles: int
     num_slots: int
     num_states: int
     state_of: Tensor | None
@@ -45,6 +47,11 @@ class Step:
     sizes: tuple[int, ...]
     constants: dict[str, object]
     box: int
+    biased: bool
+
+    def biases(self, block_bias: Tensor | None) -> Tensor | None:
+        """Give `block_bias` to launches some of whose parts take its numbers."""
+        return block_bias if self.biased else None
 
     def boxes(self, *tensors: Tensor) -> tuple[TensorDescriptor | None, ...]:
         """Describe tensors of the other side [B, T, H, D] as [B, H, T, D], tile by tile."""
@@ -131,13 +138,14 @@ def _make(
             "PRIOR": prior,
             "PRECISION": precision,
         }
-        group_of = layout.group_of if layout.group_of.numel() else None
+        group_of = layout.group_of if launch.items.shape[0] > 1 else None
         found.append(
             Step(
                 own=own,
                 final=final,
                 prior=prior,
                 num_programs=launch.items.shape[1] * own_tiles,
+                own_tiles=own_tiles,
                 num_slots=launch.num_slots,
                 num_states=agenda.num_states,
                 state_of=agenda.state_of if agenda.state_of.numel() else None,
@@ -162,10 +170,12 @@ def _make(
                     agenda.num_states,
                     launch.num_slots,
                     own_tiles,
+                    layout.num_biases,
                     q.shape[2] // k.shape[2],
                 ),
                 constants=constants,
                 box=config.block_other if any(part.boxed for part in meta) else 0,
+                biased=any(part.biased for part in meta),
             )
         )
     return tuple(found)
