@@ -200,14 +200,19 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     _CALLS[engine] += 1
     inputs = grad_out, grad_lse, q, k, v, out, lse, layout
-    biases = {"key_bias": key_bias, "alibi_slopes": alibi_slopes, "block_bias": block_bias}
     with torch.amp.autocast(q.device.type, enabled=False):
         if engine == "triton":
             from sparse_core.kernels import engine as triton_engine
 
-            grads = triton_engine.backward(*inputs, scale=scale, **biases, precision=precision)
+            grads = triton_engine.backward(
+                *inputs, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes,
+                block_bias=block_bias, precision=precision,
+            )  # fmt: skip
         else:
-            grads = blockwise.backward(*inputs, scale=scale, **biases)
+            grads = blockwise.backward(
+                *inputs, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes,
+                block_bias=block_bias,
+            )  # fmt: skip
     return grads.q, grads.k, grads.v, grads.key_bias, grads.alibi_slopes, grads.block_bias
 
 
