@@ -102,12 +102,12 @@ class BlockLayout:
     @property
     def num_groups(self) -> int:
         """Sets of lists that heads and samples choose from."""
-        return max((part.rows.ptr.shape[0] for part in self.parts), default=1)
+        return max([1, *(part.rows.ptr.shape[0] for part in self.parts)])
 
     @property
     def num_biases(self) -> int:
         """How many numbers `block_bias` holds for each head; 0 if no pair of blocks takes one."""
-        return max((part.num_biases for part in self.parts), default=0)
+        return max([0, *(part.num_biases for part in self.parts)])
 
     @property
     def device(self) -> torch.device:
@@ -433,7 +433,7 @@ def register_pytree(cls: type, *constants: str) -> None:
 register_pytree(Blocks, "stride", "size", "num_tokens", "regular")
 register_pytree(Lists)
 register_pytree(Part, "program", "num_biases", "takes_key_bias")
-register_pytree(Launch, "part_numbers", "affine", "num_slots")
+register_pytree(Launch, "part_numbers", "affine", "num_slots", "longest")
 register_pytree(Agenda, "num_states", "complete", "fresh")
 register_pytree(Schedule, "spacing")
 register_pytree(BlockLayout, "pattern")

@@ -10,8 +10,18 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_core.layout import BlockLayout, Lists
-from sparse_core.schedule import ITEM_TOKENS, Agenda, Launch, cut_ranges, rows_of, size_class
+from sparse_core.blocking import Blocks
+from sparse_core.layout import BlockLayout, Lists, Part
+from sparse_core.schedule import (
+    ITEM_TOKENS,
+    Agenda,
+    Launch,
+    Side,
+    cut_ranges,
+    mark_untouched,
+    rows_of,
+    size_class,
+)
 
 SHARE = 16
 """A column is split when it is longer than so many of the longest rows: pieces then hold at most
@@ -23,65 +33,127 @@ def with_chosen(
     chosen: Int[Tensor, "B Hkv R K"],
     exists: Bool[Tensor, "B Hkv R K"],
 ) -> BlockLayout:
-    """Fill in the lists of a layout that has one part: key blocks chosen by each query block.
+    """Fill in the lists of a layout's last part: key blocks chosen by each query block.
 
     Each head of each sample gets lists of its own; no key block is named twice in a row. Blocks
-    shorter than their size need a mask, all others none. Nothing is copied to the host.
+    shorter than their size need a mask, all others none. The numbers of `block_bias`
+    [B, Hkv, R * K] are in the order of `chosen`. Nothing is copied to the host.
     """
-    (part,) = layout.parts
+    *others, part = layout.parts
     num_rows, width = chosen.shape[2:]
-    flat, alive = chosen.flatten(0, 1), exists.flatten(0, 1)
-    column = torch.where(alive, flat, len(part.keys))
-    column, order = torch.sort(column, dim=2)
-    alive = alive.gather(2, order)
-    column = torch.where(alive, column, 0)
-    row = torch.arange(num_rows, device=chosen.device)[:, None].expand_as(column)
-    short_query, short_key = (b.count < b.size for b in (part.queries, part.keys))
-    full = ~(short_query[row] | short_key[column])
-    entries = [x.flatten(1) for x in (row, column, full, alive)]
-    rows = _compress(entries[0], entries[1], *entries[2:], num_major=num_rows)
-    columns = _compress(entries[1], entries[0], *entries[2:], num_major=len(part.keys))
-    filled = replace(part, rows=rows, columns=columns)
+    column, alive = (x.flatten(0, 1).flatten(1) for x in (torch.where(exists, chosen, 0), exists))
+    row = (torch.arange(column.shape[1], device=chosen.device) // width).expand_as(column)
+    full = alive
+    if part.queries.num_tokens < num_rows * part.queries.size:
+        whole = part.queries.count == part.queries.size
+        full = whole[row] & whole[column]
+    by_row = _compress(row, full, alive, num_major=num_rows)
+    by_column = _compress(column, full, alive, num_major=num_rows)
+    rows, columns = (
+        Lists(ptr, first_full, index.flatten().int(), part.rows.tile, place.flatten().int())
+        for (ptr, first_full, place), index in (
+            (by_row, column.gather(1, by_row[2])),
+            (by_column, by_column[2] // width),
+        )
+    )
+    filled = replace(part, rows=rows, columns=columns, num_biases=num_rows * width)
+    parts = (*others, filled)
     schedule = replace(
         layout.schedule,
-        queries=_agenda(layout.schedule.queries, rows, longest=width, limit=width),
-        keys=_agenda(
-            layout.schedule.keys,
-            columns,
-            longest=num_rows,
-            limit=max(ITEM_TOKENS // part.queries.size, SHARE * width, 1),
-        ),
+        queries=_agenda(layout.schedule.queries, parts, "queries", longest=width, width=width),
+        keys=_agenda(layout.schedule.keys, parts, "keys", longest=num_rows, width=width),
     )
-    numbers = torch.arange(flat.shape[0], device=chosen.device, dtype=torch.int32)
+    numbers = torch.arange(column.shape[0], device=chosen.device, dtype=torch.int32)
     group_of = numbers.view(chosen.shape[:2])
-    return replace(layout, parts=(filled,), schedule=schedule, group_of=group_of)
+    return replace(layout, parts=parts, schedule=schedule, group_of=group_of)
 
 
 def _compress(
     major: Int[Tensor, "G N"],
-    minor: Int[Tensor, "G N"],
     full: Bool[Tensor, "G N"],
     alive: Bool[Tensor, "G N"],
     *,
     num_major: int,
-) -> Lists:
-    """Sort entries by row, partial before full, else as they come; the dead go to the end."""
+) -> tuple[Int[Tensor, "G R+1"], Int[Tensor, "G R"], Int[Tensor, "G N"]]:
+    """Sort entries by row, partial before full, else as they come; the dead go to the end.
+
+    Gives where rows begin, where their full entries begin, and which entry comes at each place.
+    """
     groups, num_entries = major.shape
-    rank = torch.where(alive, 2 * major + full, 2 * num_major)
-    rank, order = torch.sort(rank, dim=1, stable=True)
-    edges = torch.arange(2 * num_major + 1, device=major.device).expand(groups, -1).contiguous()
-    first = torch.arange(groups, device=major.device)[:, None] * num_entries
-    place = (torch.searchsorted(rank, edges) + first).to(torch.int32)
-    index = minor.gather(1, order).flatten().to(torch.int32)
-    return Lists(place[:, ::2].contiguous(), place[:, 1::2].contiguous(), index, index[:0])
+    ranks = groups * (2 * num_major + 1)
+    dtype = torch.int32 if ranks < 2**31 else torch.int64
+    edges = torch.arange(ranks, device=major.device, dtype=dtype).view(groups, -1)
+    rank = torch.where(alive, torch.add(full, major, alpha=2), 2 * num_major)
+    rank, order = torch.sort((rank + edges[:, :1]).to(dtype).flatten(), stable=True)
+    place = torch.searchsorted(rank, edges, out_int32=True)
+    order = order.view(groups, num_entries) % num_entries
+    return place[:, ::2].contiguous(), place[:, 1::2].contiguous(), order
 
 
-def _agenda(agenda: Agenda, lists: Lists, *, longest: int, limit: int) -> Agenda:
-    """Cut lists longer than `limit` into pieces, long ones first; none exceeds `longest`."""
-    (launch,) = agenda.launches
-    groups, num_rows = lists.full.shape
-    most_splits = lists.index.shape[0] // groups // limit if longest > limit else 0
-    length = (lists.ptr[:, 1:] - lists.ptr[:, :-1]).long()
+def _agenda(
+    agenda: Agenda, parts: tuple[Part, ...], side: Side, *, longest: int, width: int
+) -> Agenda:
+    """Plan anew the launch of the last part, whose lists hold at most `longest` entries."""
+    chosen = len(parts) - 1
+    launches = list(agenda.launches)
+    for number, launch in enumerate(launches):
+        if chosen in launch.part_numbers:
+            found = _launch(launch, parts, side, launch.longest + longest, width)
+            if agenda.complete and agenda.state_of.numel() and number == len(launches) - 1:
+                found = mark_untouched(found, _blocks(launch, parts, side), agenda.state_of)
+            launches[number] = found
+    return replace(agenda, launches=tuple(launches))
+
+
+def _launch(
+    launch: Launch, parts: tuple[Part, ...], side: Side, longest: int, width: int
+) -> Launch:
+    """Cut lists of all parts longer than a limit into pieces, long ones first."""
+    groups = parts[-1].rows.ptr.shape[0]
+    lists = [_expand(getattr(parts[n], _LISTS[side]), groups) for n in launch.part_numbers]
+    rows = rows_of(lists, list(launch.places), len(_blocks(launch, parts, side)))
+    length = (rows.ends[2] - rows.ends[0]).sum(0)
+    size = max(getattr(parts[n], _OTHER[side]).size for n in launch.part_numbers)
+    limit = max(ITEM_TOKENS // size, SHARE * width)
+    shares = (parts[n].num_blocks // parts[n].rows.ptr.shape[0] for n in launch.part_numbers)
+    most_splits = sum(shares) // limit if longest > limit else 0
+    items, splits = _items(length, limit, most_splits)
+    return replace(
+        launch,
+        items=items,
+        ranges=cut_ranges(rows, items, whole=not most_splits),
+        splits=splits,
+        num_slots=2 * most_splits,
+    )
+
+
+_LISTS: dict[Side, str] = {"queries": "rows", "keys": "columns"}
+_OTHER: dict[Side, Side] = {"queries": "keys", "keys": "queries"}
+
+
+def _blocks(launch: Launch, parts: tuple[Part, ...], side: Side) -> Blocks:
+    blocks: Blocks = getattr(parts[launch.part_numbers[0]], side)
+    return blocks
+
+
+def _expand(lists: Lists, groups: int) -> Lists:
+    """Write out that all groups share lists."""
+    if lists.ptr.shape[0] == groups:
+        return lists
+    return replace(lists, ptr=lists.ptr.expand(groups, -1), full=lists.full.expand(groups, -1))
+
+
+def _items(
+    length: Int[Tensor, "G R"], limit: int, most_splits: int
+) -> tuple[Int[Tensor, "G I 4"], Int[Tensor, "G K 3"]]:
+    """Write the items and splits of each group, where at most `most_splits` lists are split."""
+    groups, num_rows = length.shape
+    if not most_splits:
+        order = torch.sort(length, dim=1, descending=True, stable=True).indices
+        zero = torch.zeros_like(order)
+        items = torch.stack([order, zero, length.gather(1, order), zero - 1], 2)
+        return items.int(), length.new_empty((groups, 0, 3), dtype=torch.int32)
+    length = length.long()
     pieces = ((length + limit - 1) // limit).clamp(min=1)
     split = pieces > 1
     slots = torch.where(split, pieces, 0)
@@ -98,21 +170,8 @@ def _agenda(agenda: Agenda, lists: Lists, *, longest: int, limit: int) -> Agenda
     items = torch.stack([block, first, last, slot], 2).masked_fill(~used[..., None], -1)
     size = size_class(items[..., 2] - items[..., 1])
     order = torch.sort(size, dim=1, descending=True, stable=True).indices
-    items = items.gather(1, order[..., None].expand_as(items)).to(torch.int32)
-    splits = _splits(split, first_slot, pieces, most_splits)
-    return replace(
-        agenda,
-        launches=(
-            Launch(
-                items=items,
-                ranges=cut_ranges(rows_of([lists], [None], num_rows), items),
-                splits=splits,
-                part_numbers=launch.part_numbers,
-                affine=(False,),
-                num_slots=2 * most_splits,
-            ),
-        ),
-    )
+    items = items.gather(1, order[..., None].expand_as(items))
+    return items.int(), _splits(split, first_slot, pieces, most_splits)
 
 
 def _splits(

@@ -40,13 +40,16 @@ class Launch:
     `items` are (block, first, last, slot): list entries `first` to `last - 1` of a block, counted
     through the lists of all its parts. A piece of a split block goes to its slot; that of a whole
     block is WHOLE or UNTOUCHED. `splits` are (block, first slot, number of pieces). Where groups
-    differ in number, the rest is filled with block -1.
+    differ in number, the rest is filled with block -1; where all share the lists, G is 1.
 
     `ranges` says what items say part by part, so that a kernel need not read one number to find the
     next: where in the part's list an item begins, up to where entries need a mask, where it ends,
     and the blocks at the first and the second of these. The first of `part_numbers` has all blocks
     that the launch works through. `affine` says of each part whether full blocks of any list follow
     one another in memory.
+
+    What a launch was planned by: the entries of a block in all parts are at most `longest`, and
+    `places` say where each part's blocks are among the first's, None if they are the same.
     """
 
     items: Int[Tensor, "G I 4"]
@@ -55,6 +58,8 @@ class Launch:
     part_numbers: tuple[int, ...]
     affine: tuple[bool, ...]
     num_slots: int
+    longest: int = 0
+    places: tuple[Int[Tensor, "R"] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def make_schedule(
     if query_coords.shape[0] == key_coords.shape[0] and _mirrored(parts, by_queries, by_keys):
         turns, _ = _in_turn(by_keys, key_coords.shape[0])
         launches = [
-            replace(launch, part_numbers=tuple(family.numbers))
+            replace(launch, part_numbers=tuple(family.numbers), places=tuple(family.places))
             for launch, family in zip(queries.launches, turns, strict=True)
         ]
         keys = replace(queries, launches=tuple(launches))
@@ -229,7 +234,7 @@ def _agenda(
     state_of, num_states = _state_places(early, num_tokens)
     fresh = bool(early) and early[0].num_tokens == num_states
     if complete and state_of.numel():  # earlier blocks have nothing but tokens in the state
-        last = _mark_untouched(launches[-1], families[-1].blocks, state_of)
+        last = mark_untouched(launches[-1], families[-1].blocks, state_of)
         launches = (*launches[:-1], last)
     return Agenda(launches, state_of, num_states, complete, fresh)
 
@@ -288,7 +293,10 @@ def _launch(
     items, splits, num_slots = cutter.items(length, longest, limit)
     ranges = cut_ranges(rows, items, whole=longest <= limit)
     numbers = tuple(family.numbers)
-    return Launch(items, ranges, splits, numbers, tuple(map(bool, runs)), num_slots)
+    return Launch(
+        items, ranges, splits, numbers, tuple(map(bool, runs)), num_slots,
+        longest, tuple(family.places),
+    )  # fmt: skip
 
 
 def _item_length(
@@ -389,7 +397,7 @@ def _look_up(rows: Rows, places: Iterable[Int[Tensor, "..."]]) -> list[Int[Tenso
     ]
 
 
-def _mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) -> Launch:
+def mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) -> Launch:
     """Say which whole blocks have no token with a place in the state."""
     tokens, exists = blocks.tokens()
     touched = ((state_of[tokens] >= 0) & exists).any(1)[launch.items[..., 0].long()]

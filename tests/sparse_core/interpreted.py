@@ -80,8 +80,9 @@ def main() -> int:
         DilatedSegments(16) + DilatedSegments(64, 2), tokens=63, dtype=torch.float16, heads=2,
         kv_heads=2, head_dim=48, plain=True, packed=False,
     )  # fmt: skip
-    _check_routed()
-    print(f"{2 * len(PATTERNS) + 5} cases agree, {time.perf_counter() - begin:.0f} s")
+    for pattern, block in ((Routed(16, 2, near=0) | GlobalTokens(2), 16), (Routed(48, 1), 48)):
+        _check_routed(pattern, 3 * block + 42)
+    print(f"{2 * len(PATTERNS) + 6} cases agree, {time.perf_counter() - begin:.0f} s")
     return 0
 
 
@@ -106,12 +107,11 @@ def _check(
     print(f"{time.perf_counter() - begin:.1f} s", flush=True)
 
 
-def _check_routed() -> None:
+def _check_routed(pattern: Pattern, tokens: int) -> None:
     """Hold chosen blocks to the other engine in float64; columns are so long that they split."""
     listing.ITEM_TOKENS, listing.SHARE = 16, 1
-    pattern = Routed(16, 2, near=0) | GlobalTokens(2)
-    inputs = make_inputs(90, heads=2, kv_heads=1)
-    routed = build_routed_layout(pattern, 90, segments=[20, 70])
+    inputs = make_inputs(tokens, heads=2, kv_heads=1)
+    routed = build_routed_layout(pattern, tokens, segments=[20, tokens - 20])
     given = inputs.q, inputs.k, inputs.v
     chosen = choose_blocks(*describe_blocks(inputs.q, inputs.k, routed), routed)
     results = []

@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_core import choosing, listing
+from sparse_core.layout import BlockLayout
 from sparse_core.listing import with_chosen
 from sparse_core.nn import SparseEncoder
 from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, Routed, SlidingWindow
@@ -46,7 +47,7 @@ def draw(tokens: int, dtype: torch.dtype = torch.float64, *, batch: int = 2) -> 
 def block_of_token(routed: RoutedLayout) -> Tensor:
     """Which block each token belongs to; -1 for global tokens."""
     number = torch.arange(len(routed.tokens))[:, None].expand_as(routed.tokens)
-    block = torch.full(routed.slot.shape, -1)
+    block = torch.full((routed.seen.num_queries,), -1)
     block[routed.tokens[routed.exists]] = number[routed.exists]
     return block
 
@@ -186,8 +187,8 @@ def test_choosing_never_asks_the_device(pattern: Pattern) -> None:
     routed = build_routed_layout(pattern, 300, segments=[100, 200])
     with Watch():
         chosen = choose_blocks(*describe_blocks(q, k, routed), routed)
-        layout = with_chosen(routed.empty, chosen, chosen < len(routed.tokens))
-    assert layout.num_blocks == chosen.numel()
+        layout = with_chosen(routed.seen, chosen, chosen < len(routed.tokens))
+    assert layout.num_biases == chosen[0, 0].numel()
 
 
 def test_blocks_times_blocks_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,15 +223,15 @@ def test_lists_and_items_hold_each_choice_once(
     q, k, *_ = draw(420)
     k[:, 150] *= 1000  # a block that all would see
     chosen = choose_blocks(*describe_blocks(q, k, routed), routed)
-    layout = with_chosen(routed.empty, chosen, chosen < num_blocks)
-    (part,) = layout.parts
+    layout = with_chosen(routed.seen, chosen, chosen < num_blocks)
+    part = layout.parts[-1]
+    assert part.num_biases == chosen[0, 0].numel()
     for group, mine in enumerate(chosen.flatten(0, 1)):
         pairs = {(r, c) for r, row in enumerate(mine.tolist()) for c in row if c < num_blocks}
-        for lists, turned, side in (
-            (part.rows, False, layout.schedule.queries),
-            (part.columns, True, layout.schedule.keys),
-        ):
-            ptr, full = lists.ptr[group].tolist(), lists.full[group].tolist()
+        for side, lists, turned in (("queries", "rows", False), ("keys", "columns", True)):
+            check_launch(layout, side, lists, group)
+            lists = getattr(part, lists)
+            ptr, full = lists.ends(group)
             found = set()
             for row in range(num_blocks):
                 entries = lists.index[ptr[row] : ptr[row + 1]].tolist()
@@ -238,16 +239,33 @@ def test_lists_and_items_hold_each_choice_once(
                     entries[: full[row] - ptr[row]],
                     entries[full[row] - ptr[row] :],
                 ):
-                    assert members == sorted(set(members))
+                    assert len(members) == len(set(members))
                 for place, other in enumerate(entries):
+                    number = int(lists.bias[ptr[row] + place])
+                    assert mine.flatten()[number] == (row if turned else other)
+                    assert number // mine.shape[1] == (other if turned else row)
                     short = min(int(part.queries.count[x]) for x in (row, other))
                     assert (place >= full[row] - ptr[row]) == (short == part.queries.size)
                     found.add((other, row) if turned else (row, other))
             assert found == pairs
-            (launch,) = side.launches
-            check_items(launch, group, [ptr[r + 1] - ptr[r] for r in range(num_blocks)])
     if not routed.causal:
-        assert (layout.schedule.keys.launches[0].splits[..., 0] >= 0).any()
+        assert any((x.splits[..., 0] >= 0).any() for x in layout.schedule.keys.launches)
+
+
+def check_launch(layout: BlockLayout, side: str, lists: str, group: int) -> None:
+    """The launch of chosen blocks has every entry of its parts in one item, where they say."""
+    agenda = getattr(layout.schedule, side)
+    (launch,) = (x for x in agenda.launches if len(layout.parts) - 1 in x.part_numbers)
+    lengths = [0] * len(getattr(layout.parts[launch.part_numbers[0]], side))
+    for at, (number, places) in enumerate(zip(launch.part_numbers, launch.places, strict=True)):
+        ptr, _ = getattr(layout.parts[number], lists).ends(group)
+        for row in range(len(ptr) - 1):
+            block = row if places is None else int(places[row])
+            lengths[block] += ptr[row + 1] - ptr[row]
+            mine = launch.ranges[group, launch.items[group, :, 0] == block, at].tolist()
+            visited = sorted(e for begin, _, end, *_ in mine for e in range(begin, end))
+            assert visited == list(range(ptr[row], ptr[row + 1]))
+    check_items(launch, group, lengths)
 
 
 def check_items(launch, group: int, lengths: list[int]) -> None:  # type: ignore[no-untyped-def]
@@ -339,11 +357,10 @@ def test_packing_changes_nothing() -> None:
 def test_all_blocks_may_be_chosen() -> None:
     q, k, *_ = draw(100)
     routed = build_routed_layout(Routed(16, 99), 100)
-    everything = routed.seen.counts()
     chosen = choose_blocks(*describe_blocks(q, k, routed), routed)
-    layout = with_chosen(routed.empty, chosen, chosen < len(routed.tokens))
+    layout = with_chosen(routed.seen, chosen, chosen < len(routed.tokens))
     for group in range(4):
-        assert (everything + layout.counts(group) == 1).all()
+        assert (layout.counts(group) == 1).all()
 
 
 def test_tissue_is_routed_in_its_order() -> None:
