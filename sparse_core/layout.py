@@ -405,21 +405,31 @@ def _shift_flags(part: Part, shift: int) -> Part:
 
 
 def register_pytree(cls: type, *constants: str) -> None:
-    """Make a dataclass a pytree: of tensors and nested values, except the named constants."""
-    children = [f.name for f in fields(cls) if f.name not in constants]
+    """Make a dataclass a pytree: of tensors and nested values, except the named constants.
+
+    What is None is no leaf.
+    """
+    names = [f.name for f in fields(cls) if f.name not in constants]
+
+    def present(value: object) -> tuple[str, ...]:
+        return tuple(n for n in names if getattr(value, n) is not None)
 
     def flatten(value: object) -> tuple[list[object], tuple[object, ...]]:
-        return [getattr(value, n) for n in children], tuple(getattr(value, n) for n in constants)
+        children = present(value)
+        context = children, *(getattr(value, n) for n in constants)
+        return [getattr(value, n) for n in children], context
 
     def unflatten(values: object, context: tuple[object, ...]) -> object:
-        given = dict(zip(children, values, strict=True))  # type: ignore[call-overload]
-        return cls(**given, **dict(zip(constants, context, strict=True)))
+        children, *rest = context
+        given = dict.fromkeys(names) | dict(zip(children, values, strict=True))  # type: ignore[call-overload]
+        return cls(**given, **dict(zip(constants, rest, strict=True)))
 
     def flatten_with_keys(
         value: object,
     ) -> tuple[list[tuple[pytree.KeyEntry, object]], tuple[object, ...]]:
         values, context = flatten(value)
-        return [(pytree.GetAttrKey(n), v) for n, v in zip(children, values, strict=True)], context
+        keys = map(pytree.GetAttrKey, present(value))
+        return list(zip(keys, values, strict=True)), context
 
     pytree.register_pytree_node(
         cls,

@@ -65,7 +65,10 @@ def with_chosen(
     )
     numbers = torch.arange(column.shape[0], device=chosen.device, dtype=torch.int32)
     group_of = numbers.view(chosen.shape[:2])
-    return replace(layout, parts=parts, schedule=schedule, group_of=group_of)
+    found = replace(layout, parts=parts, schedule=schedule, group_of=group_of)
+    if not torch.compiler.is_compiling():
+        found.__dict__["_filled"] = layout
+    return found
 
 
 def _compress(
@@ -111,7 +114,12 @@ def _launch(
     """Cut lists of all parts longer than a limit into pieces, long ones first."""
     groups = parts[-1].rows.ptr.shape[0]
     lists = [_expand(getattr(parts[n], _LISTS[side]), groups) for n in launch.part_numbers]
-    rows = rows_of(lists, list(launch.places), len(_blocks(launch, parts, side)))
+    num_rows = len(_blocks(launch, parts, side))
+    places = [
+        None if mine.full.shape[1] == num_rows and not place.numel() else place
+        for mine, place in zip(lists, launch.places, strict=True)
+    ]
+    rows = rows_of(lists, places, num_rows)
     length = (rows.ends[2] - rows.ends[0]).sum(0)
     size = max(getattr(parts[n], _OTHER[side]).size for n in launch.part_numbers)
     limit = max(ITEM_TOKENS // size, SHARE * width)

@@ -207,8 +207,9 @@ def _average(
     dtype = torch.promote_types(x.dtype, torch.float32)
     blocks = _gather(x, tokens, exists)
     if scores is None:
-        if tokens is not None:
-            blocks = torch.where(exists[:, :, None, None], blocks, 0)
+        if tokens is None:
+            return blocks.sum(2, dtype=dtype) / blocks.shape[2]
+        blocks = torch.where(exists[:, :, None, None], blocks, 0)
         return blocks.sum(2, dtype=dtype) / exists.sum(1)[:, None, None].to(dtype)
     logits = _gather(scores, tokens, exists).to(dtype)
     share = logits.masked_fill(~exists[:, :, None], -torch.inf).softmax(2)

@@ -49,7 +49,7 @@ class Launch:
     one another in memory.
 
     What a launch was planned by: the entries of a block in all parts are at most `longest`, and
-    `places` say where each part's blocks are among the first's, None if they are the same.
+    `places` say where each part's blocks are among the first's; empty if they are the same.
     """
 
     items: Int[Tensor, "G I 4"]
@@ -59,7 +59,7 @@ class Launch:
     affine: tuple[bool, ...]
     num_slots: int
     longest: int = 0
-    places: tuple[Int[Tensor, "R"] | None, ...] = ()
+    places: tuple[Int[Tensor, "R"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def make_schedule(
     if query_coords.shape[0] == key_coords.shape[0] and _mirrored(parts, by_queries, by_keys):
         turns, _ = _in_turn(by_keys, key_coords.shape[0])
         launches = [
-            replace(launch, part_numbers=tuple(family.numbers), places=tuple(family.places))
+            replace(launch, part_numbers=tuple(family.numbers), places=family.places_given())
             for launch, family in zip(queries.launches, turns, strict=True)
         ]
         keys = replace(queries, launches=tuple(launches))
@@ -172,6 +172,10 @@ class Family:
     numbers: list[int]
     places: list[Int[Tensor, "R"] | None]
     num_blocks: int
+
+    def places_given(self) -> tuple[Int[Tensor, "R"], ...]:
+        """Write places as tensors, empty where blocks are the same."""
+        return tuple(self.blocks.start[:0] if x is None else x for x in self.places)
 
 
 def _families(parts: tuple["Part", ...], side: Side) -> list[Family]:
@@ -295,7 +299,7 @@ def _launch(
     numbers = tuple(family.numbers)
     return Launch(
         items, ranges, splits, numbers, tuple(map(bool, runs)), num_slots,
-        longest, tuple(family.places),
+        longest, family.places_given(),
     )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def other_side(
     others, numbers, metas = [], [], []
     for number, affine in zip(launch.part_numbers, launch.affine, strict=True):
         part = layout.parts[number]
-        others.append(_other(layout, part, side))
+        others.append(other_tensors(layout, part, side))
         natural = _is_natural(layout, part.program)
         blocks = part.keys if side == "queries" else part.queries
         relative = natural and not blocks.order.numel() and _is_relative(layout, part.program)
@@ -198,7 +198,8 @@ def tile_of(size: int, wanted: int) -> int:
     return max(MIN_TILE, min(wanted, int(triton.next_power_of_2(size))))
 
 
-def _other(layout: BlockLayout, part: Part, side: Side) -> Other:
+def other_tensors(layout: BlockLayout, part: Part, side: Side) -> Other:
+    """Describe a part's lists and the blocks of the other side that they name."""
     lists: Lists = part.rows if side == "queries" else part.columns
     blocks = part.keys if side == "queries" else part.queries
     return Other(

@@ -260,7 +260,7 @@ def check_launch(layout: BlockLayout, side: str, lists: str, group: int) -> None
     for at, (number, places) in enumerate(zip(launch.part_numbers, launch.places, strict=True)):
         ptr, _ = getattr(layout.parts[number], lists).ends(group)
         for row in range(len(ptr) - 1):
-            block = row if places is None else int(places[row])
+            block = int(places[row]) if places.numel() else row
             lengths[block] += ptr[row + 1] - ptr[row]
             mine = launch.ranges[group, launch.items[group, :, 0] == block, at].tolist()
             visited = sorted(e for begin, _, end, *_ in mine for e in range(begin, end))
