@@ -135,7 +135,7 @@ def _best_groups(
     first = group * GROUP
     some_allowed = _allowed(within, first, first + GROUP - 1)
     best = members.amax(3).masked_fill_(~some_allowed, -torch.inf)
-    chosen = _number(_rank(best, group).topk(num_groups, dim=3).values)[:, :, :, None]
+    chosen = _number(_rank(best, group).topk(num_groups, dim=3, sorted=False).values)[:, :, :, None]
     inside = torch.arange(GROUP, device=scores.device)[:, None]
     found = members.gather(4, chosen.expand(-1, -1, -1, GROUP, -1))
     return found.flatten(3), (chosen * GROUP + inside).flatten(3)

@@ -101,16 +101,41 @@ def _agenda(
     launches = list(agenda.launches)
     for number, launch in enumerate(launches):
         if chosen in launch.part_numbers:
-            found = _launch(launch, parts, side, launch.longest + longest, width)
-            if agenda.complete and agenda.state_of.numel() and number == len(launches) - 1:
-                found = mark_untouched(found, _blocks(launch, parts, side), agenda.state_of)
+            size = max(getattr(parts[n], _OTHER[side]).size for n in launch.part_numbers)
+            limit = max(ITEM_TOKENS // size, SHARE * width)
+            if launch.num_slots or launch.longest + longest > limit:
+                found = _cut(launch, parts, side, limit)
+                if agenda.complete and agenda.state_of.numel() and number == len(launches) - 1:
+                    found = mark_untouched(found, _blocks(launch, parts, side), agenda.state_of)
+            else:
+                found = _fill(launch, getattr(parts[chosen], _LISTS[side]), chosen)
             launches[number] = found
     return replace(agenda, launches=tuple(launches))
 
 
-def _launch(
-    launch: Launch, parts: tuple[Part, ...], side: Side, longest: int, width: int
-) -> Launch:
+def _fill(launch: Launch, lists: Lists, part_number: int) -> Launch:
+    """Exchange a part's ranges in items that are whole, long ones first."""
+    groups, at = lists.ptr.shape[0], launch.part_numbers.index(part_number)
+    ends = torch.stack([lists.ptr[:, :-1], lists.full, lists.ptr[:, 1:]], 2)
+    first = lists.index[ends[..., :2].clamp(max=lists.index.numel() - 1)]
+    mine = torch.cat([ends, first], 2)
+    block = launch.items[0, :, 0]
+    if launch.places[at].numel():
+        mine = mine.new_zeros(groups, block.numel(), 5).index_copy(1, launch.places[at], mine)
+    ranges = launch.ranges.expand(groups, -1, -1, -1).clone()
+    ranges[:, :, at] = mine.index_select(1, block)
+    length, order = torch.sort(
+        (ranges[..., 2] - ranges[..., 0]).sum(2), dim=1, descending=True, stable=True
+    )
+    items = launch.items[0][order]
+    items[..., 2] = length
+    return replace(
+        launch, items=items, ranges=ranges.gather(1, order[..., None, None].expand_as(ranges)),
+        splits=launch.splits.expand(groups, -1, -1),
+    )  # fmt: skip
+
+
+def _cut(launch: Launch, parts: tuple[Part, ...], side: Side, limit: int) -> Launch:
     """Cut lists of all parts longer than a limit into pieces, long ones first."""
     groups = parts[-1].rows.ptr.shape[0]
     lists = [_expand(getattr(parts[n], _LISTS[side]), groups) for n in launch.part_numbers]
@@ -120,16 +145,14 @@ def _launch(
         for mine, place in zip(lists, launch.places, strict=True)
     ]
     rows = rows_of(lists, places, num_rows)
-    length = (rows.ends[2] - rows.ends[0]).sum(0)
-    size = max(getattr(parts[n], _OTHER[side]).size for n in launch.part_numbers)
-    limit = max(ITEM_TOKENS // size, SHARE * width)
     shares = (parts[n].num_blocks // parts[n].rows.ptr.shape[0] for n in launch.part_numbers)
-    most_splits = sum(shares) // limit if longest > limit else 0
+    most_splits = max(sum(shares) // limit, 1)
+    length = (rows.ends[2] - rows.ends[0]).sum(0).long()
     items, splits = _items(length, limit, most_splits)
     return replace(
         launch,
         items=items,
-        ranges=cut_ranges(rows, items, whole=not most_splits),
+        ranges=cut_ranges(rows, items),
         splits=splits,
         num_slots=2 * most_splits,
     )
@@ -156,12 +179,6 @@ def _items(
 ) -> tuple[Int[Tensor, "G I 4"], Int[Tensor, "G K 3"]]:
     """Write the items and splits of each group, where at most `most_splits` lists are split."""
     groups, num_rows = length.shape
-    if not most_splits:
-        order = torch.sort(length, dim=1, descending=True, stable=True).indices
-        zero = torch.zeros_like(order)
-        items = torch.stack([order, zero, length.gather(1, order), zero - 1], 2)
-        return items.int(), length.new_empty((groups, 0, 3), dtype=torch.int32)
-    length = length.long()
     pieces = ((length + limit - 1) // limit).clamp(min=1)
     split = pieces > 1
     slots = torch.where(split, pieces, 0)

@@ -157,7 +157,9 @@ def test_the_highest_scores_are_chosen_and_ties_go_to_the_first(
     assert torch.equal(found, expected)
     assert (found < num_blocks).any()
     monkeypatch.setattr(choosing, "CHUNK_NUMBERS", 1)
-    assert torch.equal(choose_blocks(*about, routed), expected)
+    for group in (2, 3, 16):
+        monkeypatch.setattr(choosing, "GROUP", group)
+        assert torch.equal(choose_blocks(*about, routed), expected)
 
 
 class Watch(TorchDispatchMode):
@@ -212,12 +214,14 @@ def test_the_host_never_waits() -> None:
         routed_attention(q, k, v, routed).sum().backward()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+@pytest.mark.parametrize("pattern", [*PATTERNS, Routed(16, 2) | GlobalTokens(16)], ids=str)
 def test_lists_and_items_hold_each_choice_once(
-    pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+    pattern: Pattern, split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "ITEM_TOKENS", 16)
-    monkeypatch.setattr(listing, "SHARE", 1)
+    if split:
+        monkeypatch.setattr(listing, "ITEM_TOKENS", 16)
+        monkeypatch.setattr(listing, "SHARE", 1)
     routed = build_routed_layout(pattern, 420, segments=[130, 290])
     num_blocks = len(routed.tokens)
     q, k, *_ = draw(420)
@@ -248,8 +252,8 @@ def test_lists_and_items_hold_each_choice_once(
                     assert (place >= full[row] - ptr[row]) == (short == part.queries.size)
                     found.add((other, row) if turned else (row, other))
             assert found == pairs
-    if not routed.causal:
-        assert any((x.splits[..., 0] >= 0).any() for x in layout.schedule.keys.launches)
+    if not routed.causal or not split:
+        assert split == any((x.splits[..., 0] >= 0).any() for x in layout.schedule.keys.launches)
 
 
 def check_launch(layout: BlockLayout, side: str, lists: str, group: int) -> None:
@@ -418,6 +422,30 @@ def test_the_choice_is_a_sound_custom_op() -> None:
     torch.library.opcheck(
         torch.ops.gigasparse.choose, (queries, keys, routed.low, routed.high, 1, 2)
     )
+    chosen = choosing.choose(queries, keys, routed.low, routed.high, 1, 2)
+    torch.library.opcheck(
+        torch.ops.gigasparse.score_blocks,
+        (queries.requires_grad_(), keys.requires_grad_(), chosen),
+    )
+
+
+def test_scores_of_choices_and_their_gradients_come_in_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queries, keys = (torch.randn(2, 3, 20, 4, dtype=torch.float64).requires_grad_() for _ in "qk")
+    chosen = torch.randint(0, 20, (2, 3, 20, 5))
+    expected = torch.einsum("bhrd,bhcd->bhrc", queries, keys).gather(3, chosen)
+    weights = torch.randn_like(expected)
+    for size in (2**20, 500, 1):
+        monkeypatch.setattr(choosing, "CHUNK_NUMBERS", size)
+        found = choosing.score_blocks(queries, keys, chosen)
+        torch.testing.assert_close(found, expected)
+        for ours, right in zip(
+            *(torch.autograd.grad(x, (queries, keys), weights, retain_graph=True)
+              for x in (found, expected)),
+            strict=True,
+        ):  # fmt: skip
+            torch.testing.assert_close(ours, right)
 
 
 def test_what_routes_is_known_and_refused_elsewhere() -> None:
