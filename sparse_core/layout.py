@@ -443,7 +443,7 @@ def register_pytree(cls: type, *constants: str) -> None:
 register_pytree(Blocks, "stride", "size", "num_tokens", "regular")
 register_pytree(Lists)
 register_pytree(Part, "program", "num_biases", "takes_key_bias")
-register_pytree(Launch, "part_numbers", "affine", "num_slots", "longest")
+register_pytree(Launch, "part_numbers", "affine", "num_slots")
 register_pytree(Agenda, "num_states", "complete", "fresh")
 register_pytree(Schedule, "spacing")
 register_pytree(BlockLayout, "pattern")

@@ -96,14 +96,17 @@ def _compress(
 def _agenda(
     agenda: Agenda, parts: tuple[Part, ...], side: Side, *, longest: int, width: int
 ) -> Agenda:
-    """Plan anew the launch of the last part, whose lists hold at most `longest` entries."""
+    """Plan anew the launch of the last part, whose lists hold at most `longest` entries.
+
+    Where other parts' lists were not split, and these are short, neither are both together.
+    """
     chosen = len(parts) - 1
     launches = list(agenda.launches)
     for number, launch in enumerate(launches):
         if chosen in launch.part_numbers:
             size = max(getattr(parts[n], _OTHER[side]).size for n in launch.part_numbers)
             limit = max(ITEM_TOKENS // size, SHARE * width)
-            if launch.num_slots or launch.longest + longest > limit:
+            if launch.num_slots or longest > limit:
                 found = _cut(launch, parts, side, limit)
                 if agenda.complete and agenda.state_of.numel() and number == len(launches) - 1:
                     found = mark_untouched(found, _blocks(launch, parts, side), agenda.state_of)

@@ -48,7 +48,6 @@ class Launch:
     that the launch works through. `affine` says of each part whether full blocks of any list follow
     one another in memory.
 
-    What a launch was planned by: the entries of a block in all parts are at most `longest`, and
     `places` say where each part's blocks are among the first's; empty if they are the same.
     """
 
@@ -58,7 +57,6 @@ class Launch:
     part_numbers: tuple[int, ...]
     affine: tuple[bool, ...]
     num_slots: int
-    longest: int = 0
     places: tuple[Int[Tensor, "R"], ...] = ()
 
 
@@ -299,7 +297,7 @@ def _launch(
     numbers = tuple(family.numbers)
     return Launch(
         items, ranges, splits, numbers, tuple(map(bool, runs)), num_slots,
-        longest, family.places_given(),
+        family.places_given(),
     )  # fmt: skip
 
 
