@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparse_core.patterns.terms import Boxes, Tokens
+from sparse_core.patterns.terms import UNBOUNDED, Boxes, Tokens
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,13 @@ class Blocks:
         """List the tokens of all blocks, and which entries exist (others repeat the first)."""
         inner = torch.arange(self.size, device=self.start.device)
         exists = inner < self.count[:, None]
-        position = self.start[:, None].long() + torch.where(exists, inner * self.stride, 0)
+        position = self.start[:, None] + inner * self.stride * exists
         return (self.order[position].long() if self.order.numel() else position), exists
+
+    def places(self) -> Int[Tensor, "R"]:
+        """Number the blocks, and skip a number before one that is not where the last ends."""
+        gap = self.start.diff() != self.size * self.stride
+        return torch.cat([gap.new_zeros(1), 1 + gap]).cumsum(0, dtype=torch.int32)
 
     def indexed(self) -> "Blocks":
         """Write the same blocks with an explicit table of tokens."""
@@ -76,7 +81,8 @@ def sequence_tokens(
         located = coords.to(torch.int32) if isinstance(coords, Tensor) else index[:, None]
         tokens = Tokens(located, index, torch.full_like(index, num_tokens))
         return tokens, torch.zeros_like(index, dtype=torch.int64)
-    if lengths.ndim != 1 or int(lengths.sum()) != num_tokens or bool((lengths < 0).any()):
+    wrong = (lengths.sum() != num_tokens) | (lengths < 0).any()
+    if lengths.ndim != 1 or bool(wrong):
         raise ValueError(
             f"segments are lengths that add up to {num_tokens} tokens; got {lengths.tolist()[:20]}"
         )
@@ -128,12 +134,14 @@ def _pieces(
         return start, (total - start).clamp(max=size), group[:1].repeat(start.numel()), 1
     values, lengths = torch.unique_consecutive(group, return_counts=True)
     num_blocks = (lengths + size - 1) // size
-    run = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(num_blocks)
-    inner = torch.arange(run.numel(), device=lengths.device)
-    inner = (inner - (num_blocks.cumsum(0) - num_blocks)[run]) * size
-    start = (lengths.cumsum(0) - lengths)[run] + inner
-    count = (lengths[run] - inner).clamp(max=size)
-    return start.to(torch.int32), count.to(torch.int32), values[run], values.numel()
+    end = lengths.cumsum(0)
+    # a run's first block is not at its number times the size, but so much further on
+    shift = end - lengths - (num_blocks.cumsum(0) - num_blocks) * size
+    known = torch.stack([shift, end, values]).repeat_interleave(num_blocks, dim=1)
+    shift, end, owner = known.unbind(0)
+    start = torch.arange(0, owner.numel() * size, size, device=group.device) + shift
+    count = (end - start).clamp(max=size)
+    return start.to(torch.int32), count.to(torch.int32), owner, values.numel()
 
 
 def boxes_of(blocks: Blocks, tokens: Tokens, group: Int[Tensor, "R"]) -> Boxes:
@@ -142,7 +150,7 @@ def boxes_of(blocks: Blocks, tokens: Tokens, group: Int[Tensor, "R"]) -> Boxes:
     known = torch.cat([tokens.coords, tokens.index[:, None], tokens.length[:, None]], 1)
     if not len(blocks):
         return Boxes(group.new_zeros(2, known.shape[1] + 1, 0))
-    bounds = torch.stack(torch.aminmax(known[members].long(), dim=1)).transpose(1, 2)
+    bounds = torch.stack(torch.aminmax(known[members], dim=1)).transpose(1, 2)
     return Boxes(torch.cat([bounds, group.expand(2, 1, -1)], 1))
 
 
@@ -154,12 +162,13 @@ def _affine(
     num_tokens = order.numel()
     if not num_tokens:
         return Blocks(start, count, empty, 1, size, num_tokens, regular=False)
-    step = order.diff()
-    inside = torch.ones_like(step, dtype=torch.bool)
-    inside[start[1:].long() - 1] = False
-    steps = step[inside]
-    stride = int(steps[0]) if steps.numel() else 1
-    if bool((steps == stride).all()):
-        first = order[start.long()].to(torch.int32)
+    step = order.diff(append=order[-1:])
+    is_last = torch.zeros_like(step, dtype=torch.bool)
+    is_last[start + count - 1] = True
+    known = step.masked_fill(is_last, UNBOUNDED).min(), step.masked_fill(is_last, 0).max()
+    smallest, largest = torch.stack(known).tolist()
+    if smallest >= largest:  # no block has steps that differ; none has any if the largest is 0
+        first = order[start].to(torch.int32)
+        stride = max(largest, 1)
         return Blocks(first, count, empty, stride, size, num_tokens, regular=False)
     return Blocks(start, count, order.to(torch.int32), 1, size, num_tokens, regular=False)

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from math import gcd, lcm, prod
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from sparse_core.blocking import Blocks, boxes_of, cut, sequence_tokens
 from sparse_core.layout import BlockLayout, Lists, Part, merge, stack, stack_lists
-from sparse_core.masking import clauses_keep, encode, member_flags, pack_bits
+from sparse_core.masking import Program, clauses_keep, encode, member_flags, pack_bits
 from sparse_core.pairing import Pairs, covers, listed_pairs, may_touch, touching_pairs
 from sparse_core.patterns.base import Pattern, Sum
 from sparse_core.patterns.listed import Listed
@@ -28,7 +29,7 @@ from sparse_core.patterns.terms import (
     Tokens,
     simplify,
 )
-from sparse_core.schedule import make_schedule
+from sparse_core.schedule import make_schedule, split_copies
 
 MIN_BLOCK, SMALL_BLOCK, BLOCK = 16, 32, 64
 MAX_PAIRS = 2**21
@@ -101,21 +102,21 @@ def build_layout(
     members = list(dict.fromkeys(term.members for term in named))
     sides = _Sides(query, query_segment, key, key_segment, len(lengths))
     size = block_size or _choose_block_size(clauses, sides)
-    layout_parts = []
+    drafts = []
     earlier: list[Clause] = []
     for plan in plans:
         part_size = _part_block_size(plan, size, sides) if block_size is None else size
-        part = _build_part(plan, earlier, sides, members, part_size)
-        layout_parts.append(_give_groups(part, num_groups))
+        drafts.append(_draft_part(plan, earlier, sides, members, part_size))
         earlier += plan.clauses
-    parts = tuple(layout_parts)
+    parts = tuple(_give_groups(part, num_groups) for part in _list_parts(drafts))
+    query_flags = member_flags(query.index, members)
     return BlockLayout(
         parts=parts,
         schedule=make_schedule(parts, query.coords, key.coords, lengths, key_lengths),
         query_coords=query.coords,
         key_coords=key.coords,
-        query_flags=member_flags(query.index, members),
-        key_flags=member_flags(key.index, members),
+        query_flags=query_flags,
+        key_flags=query_flags if key is query else member_flags(key.index, members),
         lengths=lengths,
         key_lengths=key_lengths,
         group_of=group_of,
@@ -327,9 +328,24 @@ def _power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _build_part(
+Entries = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Row, column, whether the pair needs no mask, and its tile; given by row, then column."""
+
+
+@dataclass
+class _Draft:
+    """A part before its lists are made: the entries of each variant of heads."""
+
+    queries: Blocks
+    keys: Blocks
+    variants: list[Entries]
+    tiles: UInt8[Tensor, "U M W"]
+    program: Program
+
+
+def _draft_part(
     plan: _Plan, earlier: list[Clause], sides: _Sides, members: list[Members], size: int
-) -> Part:
+) -> _Draft:
     own = plan.residual()
     if plan.listed:
         size = _common_grain(plan.listed, size)
@@ -352,37 +368,71 @@ def _build_part(
     if program is None:
         drawn = _draw_tiles(own, earlier, sides, (queries, keys), (row, column, full))
         row, column, full, tile, tiles = drawn
-    found = [
-        both_lists(_of_variant(plan, query_boxes, (row, column, full, tile), v), queries, keys)
-        for v in range(plan.num_variants())
-    ]
-    rows, columns = (
-        stack_lists(list(lists), [0] * len(found)) for lists in zip(*found, strict=True)
-    )
-    return Part(queries, keys, rows, columns, tiles, program or ())
+    entries = (row, column, full, tile)
+    variants = [_of_variant(plan, query_boxes, entries, v) for v in range(plan.num_variants())]
+    return _Draft(queries, keys, variants, tiles, program or ())
 
 
-def _of_variant(
-    plan: _Plan, query: Boxes, entries: tuple[Tensor, ...], variant: int
-) -> tuple[Tensor, ...]:
+def _of_variant(plan: _Plan, query: Boxes, entries: Entries, variant: int) -> Entries:
     """Choose the entries of one variant of heads."""
     reached = plan.reaches(query.index_low, variant)
     if reached is None:
         return entries
     chosen = reached[entries[0]]
-    return tuple(x[chosen] if x.numel() else x for x in entries)
-
-
-def both_lists(entries: tuple[Tensor, ...], queries: Blocks, keys: Blocks) -> tuple[Lists, Lists]:
-    """List entries (row, column, full, tile), given by row, then column, from both sides."""
     row, column, full, tile = entries
-    num_full = int(full.sum())
-    rows, order = _compress(row, column, full, len(queries), num_full, is_sorted=True)
-    columns, column_order = _compress(column, row, full, len(keys), num_full, is_sorted=False)
-    if tile.numel():
-        rows = replace(rows, tile=tile if order is None else tile[order])
-        columns = replace(columns, tile=tile[column_order])
-    return rows, columns
+    return row[chosen], column[chosen], full[chosen], tile[chosen] if tile.numel() else tile
+
+
+def _list_parts(drafts: list[_Draft]) -> list[Part]:
+    """Make the lists of all parts."""
+    found = iter(_all_lists([(e, d.queries, d.keys) for d in drafts for e in d.variants]))
+    parts = []
+    for draft in drafts:
+        variants = [next(found) for _ in draft.variants]
+        rows, columns = (
+            stack_lists(list(lists), [0] * len(lists)) for lists in zip(*variants, strict=True)
+        )
+        parts.append(Part(draft.queries, draft.keys, rows, columns, draft.tiles, draft.program))
+    return parts
+
+
+def both_lists(entries: Entries, queries: Blocks, keys: Blocks) -> tuple[Lists, Lists]:
+    """List entries from both sides."""
+    return _all_lists([(entries, queries, keys)])[0]
+
+
+def _all_lists(found: list[tuple[Entries, Blocks, Blocks]]) -> list[tuple[Lists, Lists]]:
+    """List all entries from both sides: in one sort, by list, row and partial before full."""
+    if not found:
+        return []
+    sides = []
+    for (row, column, full, tile), queries, keys in found:
+        sides += [(row, column, full, tile, len(queries)), (column, row, full, tile, len(keys))]
+    majors, minors, fulls, tiles, sizes = zip(*sides, strict=True)
+    lengths = [x.numel() for x in majors]
+    firsts = list(accumulate(lengths, initial=0))[:-1]
+    steps = [size + 1 for size in sizes]  # the end of a list is not the first of the next
+    shifts = accumulate(steps, initial=0)
+    major = torch.cat([x + shift for x, shift in zip(majors, shifts, strict=False)])
+    rank, order = torch.sort((2 * major + torch.cat(fulls)).to(torch.int32), stable=True)
+    edges = torch.arange(2 * sum(steps), dtype=torch.int32, device=rank.device)
+    place = torch.searchsorted(rank, edges.view(-1, 2).T.contiguous(), out_int32=True)
+    known = torch.tensor([firsts, steps], dtype=torch.int32).to(rank.device)
+    place -= known[0].repeat_interleave(known[1], output_size=sum(steps))
+    index = torch.cat(minors).to(torch.int32).index_select(0, order)
+    lists = [
+        Lists(ptr, full, index, tile[order - first] if tile.numel() else tile)
+        for ptr, full, index, tile, order, first in zip(
+            split_copies(place[:1], steps, 1),
+            split_copies(place[1:], [n for size in sizes for n in (size, 1)], 1)[::2],
+            split_copies(index, lengths, 0),
+            tiles,
+            order.split(lengths),
+            firsts,
+            strict=True,
+        )
+    ]
+    return list(zip(lists[::2], lists[1::2], strict=True))
 
 
 def _common_grain(listed: list[Listed], size: int) -> int:
@@ -433,32 +483,6 @@ def _classify(
     left = (~covers(earlier, query, key)).nonzero()[:, 0]
     full &= ~may_touch(earlier, query, key)
     return row[left], column[left], full[left]
-
-
-def _compress(
-    major: Int[Tensor, "Z"],
-    minor: Int[Tensor, "Z"],
-    full: Bool[Tensor, "Z"],
-    num_major: int,
-    num_full_entries: int,
-    *,
-    is_sorted: bool,
-) -> tuple[Lists, Int[Tensor, "Z"] | None]:
-    """Sort entries by row, partial before full; also give the order that did it, if any did."""
-    uniform = num_full_entries in (0, full.numel())
-    rank = major.to(torch.int32)
-    rank = rank if uniform else rank * 2 + full
-    order, index = None, minor.to(torch.int32)
-    if not (is_sorted and uniform):
-        rank, order = torch.sort(rank, stable=True)
-        index = index[order]
-    steps = num_major if uniform else 2 * num_major
-    edges = torch.arange(steps + 1, device=rank.device, dtype=torch.int32)
-    place = torch.searchsorted(rank, edges, out_int32=True)
-    ptr = place if uniform else place[::2].contiguous()
-    first_full = ptr[:-1] if num_full_entries else ptr[1:]
-    first_full = (first_full if uniform else place[1::2]).contiguous()
-    return Lists(ptr[None], first_full[None], index, index.new_empty(0)), order
 
 
 def _draw_tiles(

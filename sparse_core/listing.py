@@ -15,6 +15,7 @@ from sparse_core.layout import BlockLayout, Lists, Part
 from sparse_core.schedule import (
     ITEM_TOKENS,
     Agenda,
+    Family,
     Launch,
     Side,
     cut_ranges,
@@ -140,22 +141,25 @@ def _fill(launch: Launch, lists: Lists, part_number: int) -> Launch:
 
 def _cut(launch: Launch, parts: tuple[Part, ...], side: Side, limit: int) -> Launch:
     """Cut lists of all parts longer than a limit into pieces, long ones first."""
-    groups = parts[-1].rows.ptr.shape[0]
+    groups, blocks = parts[-1].rows.ptr.shape[0], _blocks(launch, parts, side)
     lists = [_expand(getattr(parts[n], _LISTS[side]), groups) for n in launch.part_numbers]
-    num_rows = len(_blocks(launch, parts, side))
     places = [
-        None if mine.full.shape[1] == num_rows and not place.numel() else place
+        None if mine.full.shape[1] == len(blocks) and not place.numel() else place
         for mine, place in zip(lists, launch.places, strict=True)
     ]
-    rows = rows_of(lists, places, num_rows)
+    others = tuple(getattr(parts[n], _OTHER[side]) for n in launch.part_numbers)
+    rows = rows_of([Family(blocks, launch.part_numbers, tuple(lists), others, tuple(places))])
     shares = (parts[n].num_blocks // parts[n].rows.ptr.shape[0] for n in launch.part_numbers)
     most_splits = max(sum(shares) // limit, 1)
-    length = (rows.ends[2] - rows.ends[0]).sum(0).long()
+    length = (rows.ends[:, 2] - rows.ends[:, 0]).sum(0).view(groups, len(blocks))
     items, splits = _items(length, limit, most_splits)
+    row = torch.arange(groups, device=items.device)[:, None] * len(blocks)
+    row = (row + items[..., 0].clamp(min=0)).flatten()
+    ranges = cut_ranges(rows, row, items[..., 1:3].flatten(0, 1).T)
     return replace(
         launch,
         items=items,
-        ranges=cut_ranges(rows, items),
+        ranges=ranges.unflatten(0, items.shape[:2]),
         splits=splits,
         num_slots=2 * most_splits,
     )

@@ -26,6 +26,12 @@ def touching_pairs(own: list[Clause], query: Boxes, key: Boxes, *, single: bool)
     if not len(query) or not len(key):
         empty = torch.zeros(0, dtype=torch.int64, device=query.bounds.device)
         return empty, empty
+    if () in own and single:
+        number = (
+            torch.arange(len(x), device=x.bounds.device, dtype=torch.int32) for x in (query, key)
+        )
+        row, column = torch.meshgrid(*number, indexing="ij")
+        return row.flatten(), column.flatten()
     if () in own:
         wanted, groups = query.group_low, key.group_low
         begin = torch.searchsorted(groups, wanted)
@@ -63,7 +69,7 @@ def listed_pairs(
         row, coarse = pattern.block_pairs(query.index_low // pattern.block, num_columns)
         place, column = expand_blocks(coarse, factor)
         row = row[place]
-        exists = column < columns[row_segment[row]]
+        exists = (column < columns[row_segment[row]]).nonzero()[:, 0]
         row, column = row[exists], column[exists]
         keys.append(row * len(key) + first_column[row_segment[row]] + column)
     unique = torch.unique(torch.cat(keys))
@@ -91,8 +97,8 @@ def _any_clause(
 
 def _is_sorted(boxes: Boxes) -> bool:
     low, high = boxes.on_axis(0)
-    same_group = boxes.group_low[1:] == boxes.group_low[:-1]
-    return bool(((low[1:] > high[:-1]) | ~same_group).all())
+    next_group = boxes.group_low[1:] != boxes.group_low[:-1]
+    return bool(((low[1:] > high[:-1]) | next_group).all())
 
 
 def _runs(own: list[Clause], query: Boxes, key: Boxes, *, single: bool) -> Pairs:
@@ -103,15 +109,13 @@ def _runs(own: list[Clause], query: Boxes, key: Boxes, *, single: bool) -> Pairs
     if not single:
         smallest = torch.minimum(query_low.min(), key_low.min())
         width = torch.maximum(query_high.max(), key_high.max()) - smallest + 3
-        key_start, query_start = (boxes.group_low * width for boxes in (key, query))
-        last_place = width - 1
 
-        def place(start: Tensor, coordinate: Tensor) -> Tensor:
-            inside = (coordinate - (smallest - 1)).clamp_(min=0)
-            return start + torch.minimum(inside, last_place)
+        def place(boxes: Boxes, *coordinates: Tensor) -> tuple[Tensor, ...]:
+            inside = (torch.stack(coordinates) - (smallest - 1)).clamp_(min=0)
+            return (boxes.group_low * width + torch.minimum(inside, width - 1)).unbind(0)
 
-        key_high, key_low = place(key_start, key_high), place(key_start, key_low)
-        first, last = place(query_start, first), place(query_start, last)
+        key_low, key_high = place(key, key_low, key_high)
+        first, last = place(query, first, last)
     begin = torch.searchsorted(key_high, first)
     return _spread(begin, torch.searchsorted(key_low, last, right=True))
 

@@ -7,8 +7,8 @@ much longer than the rest are cut into items of about equal size, whose pieces a
 order, so that results are the same in every run.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -97,18 +97,22 @@ def make_schedule(
     key_lengths: Int[Tensor, "S"],
 ) -> Schedule:
     """Plan the launches for the parts of a layout."""
-    by_queries, by_keys = _families(parts, "queries"), _families(parts, "keys")
-    cutter = _Cutter()
-    queries = _agenda(parts, by_queries, "queries", query_coords.shape[0], cutter)
-    if query_coords.shape[0] == key_coords.shape[0] and _mirrored(parts, by_queries, by_keys):
-        turns, _ = _in_turn(by_keys, key_coords.shape[0])
-        launches = [
+    num_queries, num_keys = query_coords.shape[0], key_coords.shape[0]
+    by_queries = _in_turn(_families(parts, "queries"), num_queries)
+    by_keys = _in_turn(_families(parts, "keys"), num_keys)
+    if num_queries == num_keys and _mirrored(parts, by_queries, by_keys):
+        launches = _launches(by_queries, [num_queries] * len(by_queries))
+        queries = _agenda(by_queries, launches, num_queries)
+        mirrored = [
             replace(launch, part_numbers=tuple(family.numbers), places=family.places_given())
-            for launch, family in zip(queries.launches, turns, strict=True)
+            for launch, family in zip(queries.launches, by_keys, strict=True)
         ]
-        keys = replace(queries, launches=tuple(launches))
+        keys = replace(queries, launches=tuple(mirrored))
     else:
-        keys = _agenda(parts, by_keys, "keys", key_coords.shape[0], cutter)
+        num_tokens = [num_queries] * len(by_queries) + [num_keys] * len(by_keys)
+        launches = _launches([*by_queries, *by_keys], num_tokens)
+        queries = _agenda(by_queries, launches[: len(by_queries)], num_queries)
+        keys = _agenda(by_keys, launches[len(by_queries) :], num_keys)
     return Schedule(queries, keys, _spacing(query_coords, key_coords, lengths, key_lengths))
 
 
@@ -161,15 +165,32 @@ def _counts_up(coords: Int[Tensor, "T"], lengths: Int[Tensor, "S"] | None) -> bo
 
 @dataclass(frozen=True)
 class Family:
-    """Parts that share a launch: the numbers of each, and where its blocks are among the first's.
+    """Parts that share a launch: of each its number, its lists and the blocks that these name.
 
-    No places where they are the same blocks in the same order.
+    Also where its blocks are among the first's; no places where they are the same in the same
+    order.
     """
 
     blocks: Blocks
-    numbers: list[int]
-    places: list[Int[Tensor, "R"] | None]
-    num_blocks: int
+    numbers: tuple[int, ...]
+    lists: tuple["Lists", ...]
+    others: tuple[Blocks, ...]
+    places: tuple[Int[Tensor, "R"] | None, ...] = (None,)
+
+    @property
+    def num_blocks(self) -> int:
+        """Stored pairs of blocks, of all parts and groups."""
+        return sum(lists.index.shape[0] for lists in self.lists)
+
+    def join(self, other: "Family", places: Int[Tensor, "R"] | None) -> "Family":
+        """Add parts whose blocks are at these places."""
+        return Family(
+            self.blocks,
+            self.numbers + other.numbers,
+            self.lists + other.lists,
+            self.others + other.others,
+            (*self.places, places),
+        )
 
     def places_given(self) -> tuple[Int[Tensor, "R"], ...]:
         """Write places as tensors, empty where blocks are the same."""
@@ -178,23 +199,26 @@ class Family:
 
 def _families(parts: tuple["Part", ...], side: Side) -> list[Family]:
     """Put parts together, those that reach most tokens first, then those of most blocks."""
-    sides: list[Blocks] = [getattr(part, side) for part in parts]
+    single = [
+        Family(part.queries, (number,), (part.rows,), (part.keys,))
+        if side == "queries"
+        else Family(part.keys, (number,), (part.columns,), (part.queries,))
+        for number, part in enumerate(parts)
+    ]
     families: list[Family] = []
-    reach = [(x.num_tokens, part.num_blocks) for x, part in zip(sides, parts, strict=True)]
-    for number in sorted(range(len(parts)), key=reach.__getitem__, reverse=True):
+    for part in sorted(single, key=_reach, reverse=True):
         for index, family in enumerate(families):
-            found, places = _places(family.blocks, sides[number])
+            found, places = _places(family.blocks, part.blocks)
             if found:
-                families[index] = replace(
-                    family,
-                    numbers=[*family.numbers, number],
-                    places=[*family.places, places],
-                    num_blocks=family.num_blocks + parts[number].num_blocks,
-                )
+                families[index] = family.join(part, places)
                 break
         else:
-            families.append(Family(sides[number], [number], [None], parts[number].num_blocks))
-    return sorted(families, key=lambda f: (f.blocks.num_tokens, f.num_blocks), reverse=True)
+            families.append(part)
+    return sorted(families, key=_reach, reverse=True)
+
+
+def _reach(family: Family) -> tuple[int, int]:
+    return family.blocks.num_tokens, family.num_blocks
 
 
 def _places(base: Blocks, blocks: Blocks) -> tuple[bool, Int[Tensor, "R"] | None]:
@@ -213,32 +237,25 @@ def _places(base: Blocks, blocks: Blocks) -> tuple[bool, Int[Tensor, "R"] | None
     else:
         starts, order = torch.sort(base.start)
         places = order[torch.searchsorted(starts, blocks.start).clamp(max=len(base) - 1)]
-    same = (base.start[places] == blocks.start) & (base.count[places] == blocks.count)
-    return bool(same.all()), places
+    found, wanted = (torch.stack([x.start, x.count]) for x in (base, blocks))
+    return torch.equal(found.index_select(1, places), wanted), places
 
 
-def _in_turn(families: list[Family], num_tokens: int) -> tuple[list[Family], bool]:
-    """Put a family that reaches every token last, and say whether there is one."""
+def _in_turn(families: list[Family], num_tokens: int) -> list[Family]:
+    """Put a family that reaches every token last."""
     complete = bool(families) and families[0].blocks.num_tokens == num_tokens
-    return ([*families[1:], families[0]] if complete else families), complete
+    return [*families[1:], families[0]] if complete else families
 
 
-def _agenda(
-    parts: tuple["Part", ...],
-    found: list[Family],
-    side: Side,
-    num_tokens: int,
-    cutter: "_Cutter",
-) -> Agenda:
-    families, complete = _in_turn(found, num_tokens)
-    launches = tuple(_launch(parts, family, side, num_tokens, cutter) for family in families)
+def _agenda(families: list[Family], launches: list[Launch], num_tokens: int) -> Agenda:
+    complete = bool(families) and families[-1].blocks.num_tokens == num_tokens
     early = [family.blocks for family in (families[:-1] if complete else families)]
     state_of, num_states = _state_places(early, num_tokens)
     fresh = bool(early) and early[0].num_tokens == num_states
     if complete and state_of.numel():  # earlier blocks have nothing but tokens in the state
         last = mark_untouched(launches[-1], families[-1].blocks, state_of)
-        launches = (*launches[:-1], last)
-    return Agenda(launches, state_of, num_states, complete, fresh)
+        launches = [*launches[:-1], last]
+    return Agenda(tuple(launches), state_of, num_states, complete, fresh)
 
 
 def _state_places(early: list[Blocks], num_tokens: int) -> tuple[Int[Tensor, "T"], int]:
@@ -250,159 +267,227 @@ def _state_places(early: list[Blocks], num_tokens: int) -> tuple[Int[Tensor, "T"
     known = torch.zeros(num_tokens, dtype=torch.bool, device=device)
     for blocks in early:
         if len(blocks):
-            tokens, exists = blocks.tokens()
-            known[tokens[exists]] = True
-    place = known.cumsum(0) - 1
-    return torch.where(known, place, -1).to(torch.int32), int(known.sum())
+            known[blocks.tokens()[0]] = True
+    place = known.cumsum(0)
+    num_states = early[0].num_tokens if len(early) == 1 else int(place[-1])
+    return torch.where(known, place - 1, -1).to(torch.int32), num_states
 
 
 @dataclass(frozen=True)
 class Rows:
-    """For S parts and R blocks, where each block's list lies: begin, the first full entry, end.
+    """Where lists lie, for S parts and N blocks: those of each group of each launch in turn.
 
-    `entries` are the other side's blocks that the lists of each part name, at least one.
+    `ends` are the begin of a list, its first full entry, its end, and the last entry of all of the
+    part's lists, counted from the place that comes fifth: where the part's begin in `entries`.
     """
 
-    ends: Int[Tensor, "3 S G R"]
-    entries: tuple[Int[Tensor, "Z"], ...]
+    ends: Int[Tensor, "S 5 N"]
+    entries: Int[Tensor, "Z"]
 
 
-def rows_of(lists: list["Lists"], places: list[Int[Tensor, "N"] | None], num_blocks: int) -> Rows:
+def rows_of(families: list[Family]) -> Rows:
     """Read parts' lists as those of a launch's blocks; blocks that a part lacks have none."""
-    found = []
-    for part, place in zip(lists, places, strict=True):
-        ends = torch.stack([part.ptr[:, :-1], part.full, part.ptr[:, 1:]])
-        if place is not None:
-            ends = ends.new_zeros((3, ends.shape[1], num_blocks)).index_copy(2, place, ends)
-        found.append(ends)
-    entries = (part.index if part.index.numel() else part.index.new_zeros(1) for part in lists)
-    return Rows(torch.stack(found, 1), tuple(entries))
+    num_slots = max(len(family.lists) for family in families)
+    found, entries, start = [], [], 0
+    for family in families:
+        ends: list[Tensor] = []
+        for lists, place in zip(family.lists, family.places, strict=True):
+            own = [lists.ptr[:, :-1], lists.full, lists.ptr[:, 1:]]
+            if place is not None:
+                shape = (3, lists.full.shape[0], len(family.blocks))
+                own = [*lists.ptr.new_zeros(shape).index_copy(2, place, torch.stack(own))]
+            index = _at_least_one(lists.index)
+            entries.append(index)
+            ends += [*own, *(torch.full_like(own[0], n) for n in (index.shape[0] - 1, start))]
+            start += index.shape[0]
+        if len(family.lists) < num_slots:
+            ends += [torch.zeros_like(ends[0])] * 5 * (num_slots - len(family.lists))
+        found.append(torch.stack(ends).view(num_slots, 5, -1))
+    return Rows(torch.cat(found, 2), torch.cat(entries))
 
 
-def _launch(
-    parts: tuple["Part", ...], family: Family, side: Side, num_tokens: int, cutter: "_Cutter"
-) -> Launch:
-    other = "keys" if side == "queries" else "queries"
-    lists = [parts[n].rows if side == "queries" else parts[n].columns for n in family.numbers]
-    rows = rows_of(lists, family.places, len(family.blocks))
-    others: list[Blocks] = [getattr(parts[n], other) for n in family.numbers]
-    length = (rows.ends[2] - rows.ends[0]).sum(0)
-    affine = _runs(rows, others)
-    longest = length.max()[None] if length.numel() else length.new_zeros(1)
-    longest, *runs = torch.cat([longest, affine]).tolist()  # the host waits once
-    own_size, other_size = family.blocks.size, max(b.size for b in others)
-    limit = _item_length(length, longest, own_size, other_size, num_tokens)
-    items, splits, num_slots = cutter.items(length, longest, limit)
-    ranges = cut_ranges(rows, items, whole=longest <= limit)
-    numbers = tuple(family.numbers)
-    return Launch(
-        items, ranges, splits, numbers, tuple(map(bool, runs)), num_slots,
-        family.places_given(),
-    )  # fmt: skip
+def _at_least_one(index: Int[Tensor, "Z"]) -> Int[Tensor, "Z"]:
+    return index if index.numel() else index.new_zeros(1)
 
 
-def _item_length(
-    length: Int[Tensor, "G R"], longest: int, own_size: int, other_size: int, num_tokens: int
-) -> int:
-    """Entries that an item may hold: few, as long as the pieces do not need too much memory."""
-    limit = max(1, ITEM_TOKENS // other_size)
-    room = max(MAX_SPLIT_TOKENS, num_tokens // 2) // own_size
-    while longest > limit:
-        split = (length + limit - 1) // limit
-        if int(torch.where(split > 1, split, 0).sum(1).max()) <= room:
-            break
-        limit *= 2
-    return limit
-
-
-class _Cutter:
-    """Cuts lists into items, and remembers how: both sides' lists are often as long."""
-
-    def __init__(self) -> None:
-        self._known: list[tuple[Int[Tensor, "G R"], int, Items]] = []
-
-    def items(self, length: Int[Tensor, "G R"], longest: int, limit: int) -> "Items":
-        """Write the items of each group, long ones first."""
-        for known, known_limit, items in self._known:
-            alike = known_limit == limit and known.shape == length.shape
-            if alike and torch.equal(known, length):
-                return items
-        items = _items(length, longest, limit)
-        self._known.append((length, limit, items))
-        return items
-
-
-Items = tuple[Int[Tensor, "G I 4"], Int[Tensor, "G K 3"], int]
-"""Items, splits and the number of slots of a launch."""
-
-
-def _items(length: Int[Tensor, "G R"], longest: int, limit: int) -> Items:
-    groups, rows = length.shape
-    device = length.device
-    if longest <= limit:
-        none = torch.empty(groups, 0, 3, dtype=torch.int32, device=device)
-        order = torch.sort(size_class(length), dim=1, descending=True, stable=True).indices
-        zero = torch.zeros_like(order)
-        whole = torch.stack([order, zero, length.gather(1, order), zero - 1], 2)
-        return whole.to(torch.int32), none, 0
-    pieces = ((length + limit - 1) // limit).clamp(min=1)
-    split = pieces > 1
-    slots = torch.where(split, pieces, 0)
-    first_slot = slots.cumsum(1) - slots
-    totals = torch.stack([pieces.sum(1), slots.sum(1), split.sum(1)])
-    widest, num_slots, most_splits = totals.amax(1).tolist()
-    # pieces of all rows, one after another, and what is known of the row of each
-    end = pieces.flatten().cumsum(0)
-    row = torch.arange(groups * rows, device=device).repeat_interleave(
-        pieces.flatten(), output_size=widest if groups == 1 else None
+def _launches(families: list[Family], num_tokens: list[int]) -> list[Launch]:
+    """Cut the lists of families into items, given the number of tokens on the side of each."""
+    if not families:
+        return []
+    groups = families[0].lists[0].ptr.shape[0]
+    rows = rows_of(families)
+    cut = _cut(rows, families, num_tokens)
+    items, splits, row = _items(cut)
+    num_items, items = _pad(items, cut.num_items, groups)
+    num_splits, splits = _pad(splits, cut.num_splits, groups)
+    if num_items != cut.num_items:
+        row = _spread(cut.first_row, num_items) + items[:, 0].clamp(min=0)
+    inside = items[:, 1:3].T if any(num_splits) else None
+    ranges = cut_ranges(rows, row, inside)
+    sizes = [sum(n) for n in _by_launch(num_items, groups)]
+    tables = zip(
+        items.to(torch.int32).split(sizes),
+        split_copies(ranges, sizes, 0),
+        split_copies(splits.to(torch.int32), [sum(n) for n in _by_launch(num_splits, groups)], 0),
+        strict=True,
     )
-    known = torch.stack([end - pieces.flatten(), length.flatten(), first_slot.flatten()])
-    start, row_length, slot = known.index_select(1, row).unbind(0)
-    piece = torch.arange(row.numel(), device=device) - start
-    first = piece * limit
-    last = torch.minimum(first + limit, row_length)
-    slot = torch.where(row_length > limit, slot + piece, WHOLE)
-    order = torch.sort(row // rows * 64 - size_class(last - first), stable=True).indices
-    found = torch.stack([row % rows, first, last, slot], 1)[order].to(torch.int32)
-    chosen = split.flatten().nonzero()[:, 0]
-    known = torch.stack([first_slot.flatten(), pieces.flatten()], 1)[chosen]
-    splits = torch.cat([(chosen % rows)[:, None], known], 1).to(torch.int32)
-    return _pad(found, totals[0], widest), _pad(splits, totals[2], most_splits), num_slots
+    launches = []
+    for number, (family, own) in enumerate(zip(families, tables, strict=True)):
+        first, end, num_parts = number * groups, (number + 1) * groups, len(family.numbers)
+        own_ranges = own[1][:, :num_parts].contiguous()
+        launches.append(
+            Launch(
+                items=own[0].view(groups, num_items[first], 4),
+                ranges=own_ranges.view(groups, num_items[first], num_parts, 5),
+                splits=own[2].view(groups, num_splits[first], 3),
+                part_numbers=family.numbers,
+                affine=tuple(not any(torn[first:end]) for torn in cut.num_torn[:num_parts]),
+                num_slots=max(cut.num_slots[first:end]),
+                places=family.places_given(),
+            )
+        )
+    return launches
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How the lists of N rows are cut, which form L stretches: one for each group of each launch.
+
+    A list of `length` entries is cut after every `limit` into pieces: one and `further`. The host
+    knows how many items, slots and rows of several pieces are in each stretch, and of each part how
+    many lists are torn.
+    """
+
+    stretch: Int[Tensor, "N"]
+    first_row: Int[Tensor, "L"]
+    length: Int[Tensor, "N"]
+    limit: Int[Tensor, "N"]
+    further: Int[Tensor, "N"]
+    num_items: list[int]
+    num_slots: list[int]
+    num_splits: list[int]
+    num_torn: list[list[int]]
+
+
+def _cut(rows: Rows, families: list[Family], num_tokens: list[int]) -> _Cut:
+    """Take few entries a piece, as long as the pieces do not need too much memory."""
+    groups = families[0].lists[0].ptr.shape[0]
+    sizes = [len(family.blocks) for family in families for _ in range(groups)]
+    rooms = [
+        max(MAX_SPLIT_TOKENS, number // 2) // family.blocks.size
+        for family, number in zip(families, num_tokens, strict=True)
+    ]
+    limits = [max(1, ITEM_TOKENS // max(b.size for b in f.others)) for f in families]
+    begin, _, end, _, _ = rows.ends.unbind(1)
+    length, torn = (end - begin).sum(0), _torn(rows, families)
+    known = torch.tensor([sizes, list(accumulate(sizes, initial=0))[:-1]]).to(length.device)
+    stretch = torch.arange(len(sizes), device=length.device)
+    stretch = stretch.repeat_interleave(known[0], output_size=length.numel())
+    while True:
+        each = torch.tensor([n for n in limits for _ in range(groups)]).to(length.device)
+        limit = each.index_select(0, stretch)
+        further = ((length - 1) // limit).clamp(min=0)
+        counted = torch.cat([torch.stack([further, further > 0]), torn])
+        total = counted.new_zeros(len(counted), len(sizes)).index_add_(1, stretch, counted)
+        num_further, num_splits, *num_torn = total.tolist()  # the host waits
+        num_slots = [a + b for a, b in zip(num_further, num_splits, strict=True)]
+        needed = [max(n) for n in _by_launch(num_slots, groups)]
+        fits = [n <= room for n, room in zip(needed, rooms, strict=True)]
+        if all(fits):
+            break
+        limits = [n if fit else 2 * n for n, fit in zip(limits, fits, strict=True)]
+    num_items = [a + b for a, b in zip(sizes, num_further, strict=True)]
+    return _Cut(
+        stretch, known[1], length, limit, further, num_items, num_slots, num_splits, num_torn
+    )
+
+
+def _items(cut: _Cut) -> tuple[Int[Tensor, "I 4"], Int[Tensor, "K 3"], Int[Tensor, "I"]]:
+    """Write the items of each stretch, long ones first, and its splits; also the row of each."""
+    device = cut.length.device
+    row = torch.arange(cut.length.numel(), device=device)
+    block = row - cut.first_row.index_select(0, cut.stretch)
+    first, last, stretch = torch.zeros_like(row), cut.length, cut.stretch
+    slot, splits = first + WHOLE, first.new_empty(0, 3)
+    if any(cut.num_splits):
+        several = cut.further > 0
+        slots = cut.further + several
+        before = torch.tensor([0, *accumulate(cut.num_slots)][:-1]).to(device)
+        first_slot = slots.cumsum(0) - slots - before.index_select(0, stretch)
+        number = torch.arange(1, sum(cut.num_splits) + 1, device=device)
+        chosen = torch.searchsorted(several.cumsum(0), number)
+        splits = torch.stack([block, first_slot, slots], 1).index_select(0, chosen)
+        before = row + cut.further.cumsum(0) - cut.further
+        known = torch.stack([stretch, block, cut.length, cut.limit, first_slot, before])
+        row = row.repeat_interleave(cut.further + 1, output_size=sum(cut.num_items))
+        stretch, block, length, limit, slot, before = known.index_select(1, row).unbind(0)
+        piece = torch.arange(row.numel(), device=device) - before
+        first = piece * limit
+        last = torch.minimum(first + limit, length)
+        slot = torch.where(length > limit, slot + piece, WHOLE)
+    order = torch.sort(stretch * 64 - size_class(last - first), stable=True).indices
+    items = torch.stack([block, first, last, slot], 1).index_select(0, order)
+    return items, splits, row.index_select(0, order)
 
 
 def cut_ranges(
-    rows: Rows, items: Int[Tensor, "G I 4"], *, whole: bool = False
-) -> Int[Tensor, "G I S 5"]:
-    """Cut each item's range out of the list of every part of its block, or take all lists whole."""
-    block, first, last, _ = items.long().clamp(min=0).unbind(-1)
-    count = rows.ends.shape[1]
-    ends = rows.ends.gather(3, block.expand(3, count, *block.shape))
-    if not whole:
-        begin, middle, end = ends.unbind(0)
+    rows: Rows, row: Int[Tensor, "I"], inside: Int[Tensor, "2 I"] | None = None
+) -> Int[Tensor, "I S 5"]:
+    """Read the ranges of items: the lists of their rows, whole or from where to where."""
+    begin, middle, end, final, start = rows.ends.index_select(2, row).unbind(1)
+    if inside is not None:
         length = end - begin
         before = length.cumsum(0) - length
-        low = torch.minimum(begin + (first - before).clamp(min=0), end)
-        high = torch.minimum(begin + (last - before).clamp(min=0), end)
-        ends = torch.stack([low, middle.clamp(min=low, max=high), high])
-    ends = ends.to(torch.int32)
-    found = [ends]
-    for place in ends[:2].unbind(0):  # the first partial and the first full block, or anything
-        found.append(torch.stack(_look_up(rows, place))[None])
-    return torch.cat(found).permute(2, 3, 1, 0).contiguous()
+        inside = (inside.clamp(min=0)[:, None] - before).clamp(min=0)
+        begin, end = torch.minimum(begin + inside, end).unbind(0)
+        middle = middle.clamp(min=begin, max=end)
+    ends = torch.stack([begin, middle, end]).to(torch.int32)
+    # the first partial and the first full block, or anything
+    named = rows.entries[torch.minimum(ends[:2], final) + start]
+    return torch.cat([ends, named]).permute(2, 1, 0).contiguous()
 
 
-def _look_up(rows: Rows, places: Iterable[Int[Tensor, "..."]]) -> list[Int[Tensor, "..."]]:
-    """Read each part's entries at its places; any entry where a place is beyond the last."""
-    return [
-        entries[at.clamp(max=entries.numel() - 1)]
-        for entries, at in zip(rows.entries, places, strict=True)
-    ]
+def _torn(rows: Rows, families: list[Family]) -> Bool[Tensor, "S N"]:
+    """Tell of each list whether its full blocks do not lie one after another."""
+    others = [blocks for family in families for blocks in family.others]
+    uneven = {id(blocks): blocks for blocks in others if len(blocks) and not blocks.regular}
+    number = rows.entries
+    if uneven:
+        places = {key: blocks.places() for key, blocks in uneven.items()}
+        lists = [_at_least_one(lists.index) for family in families for lists in family.lists]
+        number = torch.cat(
+            [
+                places[id(blocks)][index] if id(blocks) in uneven else index
+                for index, blocks in zip(lists, others, strict=True)
+            ]
+        )
+    _, first, end, final, start = rows.ends.unbind(1)
+    at = torch.minimum(torch.stack([first, end - 1]).clamp(min=0), final) + start
+    low, high = number[at].unbind(0)
+    # places ascend: as many as lie between the first and the last are all of them
+    return (high - low != end - first - 1) & (end > first)
+
+
+def _by_launch(counts: list[int], groups: int) -> list[list[int]]:
+    return [counts[n : n + groups] for n in range(0, len(counts), groups)]
+
+
+def _spread(values: Int[Tensor, "L"], counts: list[int]) -> Int[Tensor, "N"]:
+    """Repeat each value, in a number of times that the host knows."""
+    times = torch.tensor(counts).to(values.device)
+    return values.repeat_interleave(times, output_size=sum(counts))
+
+
+def split_copies(values: Int[Tensor, "..."], sizes: list[int], dim: int) -> list[Tensor]:
+    """Cut one axis into tensors that own their memory: kernels want it aligned."""
+    pieces: list[Tensor] = torch.ops.aten.split_with_sizes_copy(values, sizes, dim)
+    return pieces
 
 
 def mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) -> Launch:
     """Say which whole blocks have no token with a place in the state."""
-    tokens, exists = blocks.tokens()
-    touched = ((state_of[tokens] >= 0) & exists).any(1)[launch.items[..., 0].long()]
+    tokens, _ = blocks.tokens()  # what does not exist repeats the first
+    touched = (state_of[tokens] >= 0).any(1)[launch.items[..., 0].long()]
     slot = launch.items[..., 3]
     slot = torch.where((slot == WHOLE) & ~touched, UNTOUCHED, slot)
     return replace(launch, items=torch.cat([launch.items[..., :3], slot[..., None]], -1))
@@ -414,29 +499,15 @@ def size_class(length: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 
 def _pad(
-    rows: Int[Tensor, "N W"], per_group: Int[Tensor, "G"], widest: int
-) -> Int[Tensor, "G I W"]:
-    """Give every group as many rows as the largest has, of -1."""
-    if per_group.numel() == 1:
-        return rows[None]
-    group = torch.arange(per_group.numel(), device=rows.device).repeat_interleave(per_group)
-    place = torch.arange(rows.shape[0], device=rows.device)
-    place = place - (per_group.cumsum(0) - per_group)[group]
-    padded = rows.new_full((per_group.numel(), widest, rows.shape[1]), -1)
-    padded[group, place] = rows
-    return padded
-
-
-def _runs(rows: Rows, others: list[Blocks]) -> Bool[Tensor, "S"]:
-    """Tell of each part whether the full blocks of every list lie one after another."""
-    first, end = rows.ends[1:].unbind(0)
-    at = torch.stack([first, end - 1]).clamp(min=0).unbind(1)
-    ends = _look_up(rows, at)
-    # entries ascend: as many as lie between the first and the last are all of them
-    torn = (torch.stack([high - low for low, high in ends]) != end - first - 1) & (end > first)
-    for number, (blocks, (low, high)) in enumerate(zip(others, ends, strict=True)):
-        if not blocks.regular and len(blocks) > 1:
-            gaps = (blocks.start.diff() != blocks.size * blocks.stride).cumsum(0)
-            gaps = torch.cat([gaps.new_zeros(1), gaps])
-            torn[number] |= (gaps[low] != gaps[high]) & (end > first)[number]
-    return ~torn.flatten(1).any(1)
+    rows: Int[Tensor, "N W"], counts: list[int], groups: int
+) -> tuple[list[int], Int[Tensor, "M W"]]:
+    """Give every group of a launch as many rows as the largest has, of -1; also count them."""
+    widths = [max(n) for n in _by_launch(counts, groups) for _ in n]
+    if widths == counts:
+        return widths, rows
+    firsts = accumulate(widths, initial=0)
+    shifts = [a - b for a, b in zip(firsts, accumulate(counts, initial=0), strict=True)][:-1]
+    shift = _spread(torch.tensor(shifts).to(rows.device), counts)
+    padded = rows.new_full((sum(widths), rows.shape[1]), -1)
+    padded[torch.arange(rows.shape[0], device=rows.device) + shift] = rows
+    return widths, padded

@@ -152,7 +152,7 @@ def pretrained_sizes(model: LoadedModel, rc: str) -> dict[str, object]:
 
 def _build(config: Mapping[str, Any]) -> BaseGuesser:
     architecture = architecture_of(dict(config), num_classes=1)
-    own = {key: config[key] for key in ("stem", "stem_stride", "kernel", "rc")}
+    own = {key: config[key] for key in ("stem", "stem_stride", "kernel", "rc", "checkpointing")}
     return BaseGuesser(DnaClassifier(**architecture, **own), config["guess"])
 
 

@@ -95,7 +95,7 @@ def _architecture(
     config: Mapping[str, Any], *, num_classes: int, num_tokens: int
 ) -> dict[str, Any]:
     architecture = architecture_of(dict(config), num_classes=num_classes)
-    own = {key: config[key] for key in ("stem", "stem_stride", "kernel", "rc")}
+    own = {key: config[key] for key in ("stem", "stem_stride", "kernel", "rc", "checkpointing")}
     along = config["task"]["name"] == "tracks"
     architecture |= {**own, "num_tokens": num_tokens, "per": "base" if along else "sequence"}
     if config["pretrained"]:

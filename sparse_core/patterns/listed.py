@@ -65,6 +65,9 @@ def expand_blocks(
     which: Int[Tensor, "Z"], factor: int
 ) -> tuple[Int[Tensor, "Z*F"], Int[Tensor, "Z*F"]]:
     """Cut each of Z blocks into `factor` smaller ones: (its old place, its new number)."""
-    place = torch.arange(which.numel(), device=which.device).repeat_interleave(factor)
+    place = torch.arange(which.numel(), device=which.device)
+    if factor == 1:
+        return place, which
+    place = place.repeat_interleave(factor)
     inner = torch.arange(factor, device=which.device).repeat(which.numel())
     return place, which[place] * factor + inner

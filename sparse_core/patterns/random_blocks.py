@@ -41,8 +41,9 @@ class RandomBlocks(ListedBlocks):
     ) -> tuple[Int[Tensor, "... N"], Bool[Tensor, "... N"]]:
         """Draw the key blocks of each query block, and tell which draws exist."""
         stretch = torch.arange(self.num_blocks, device=row.device)
-        first = num_columns[..., None] * stretch // self.num_blocks
-        width = num_columns[..., None] * (stretch + 1) // self.num_blocks - first
+        edges = torch.arange(self.num_blocks + 1, device=row.device)
+        edges = num_columns[..., None] * edges // self.num_blocks
+        first, width = edges[..., :-1], edges.diff()
         mixed = _hash32(row.long()[..., None] * self.num_blocks + stretch, self.seed)
         return first + mixed % width.clamp(min=1), width > 0
 
@@ -61,8 +62,8 @@ class RandomBlocks(ListedBlocks):
     ) -> tuple[Int[Tensor, "Z"], Int[Tensor, "Z"]]:
         """Enumerate (which of the given rows, key block)."""
         drawn, exists = self.draws(row, num_columns)
-        which, _ = exists.nonzero(as_tuple=True)
-        return which, drawn[exists]
+        which, stretch = exists.nonzero(as_tuple=True)
+        return which, drawn[which, stretch]
 
 
 def _hash32(values: Int[Tensor, "..."], seed: int) -> Int[Tensor, "..."]:

@@ -265,10 +265,19 @@ class Members:
             found = found | torch.isin(index, listed)
         return found
 
-    def count_between(self, low: Int[Tensor, "*S"], high: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
-        """Number of members in `low..high`, both inclusive."""
+    def any_between(self, low: Int[Tensor, "*S"], high: Int[Tensor, "*S"]) -> Bool[Tensor, "*S"]:
+        """Tell whether a member lies in `low..high`, both inclusive."""
         if not self.positions:
-            return (high.clamp(max=self.first - 1) - low + 1).clamp(min=0)
+            return low < self.first
+        return self._count_between(low, high) > 0
+
+    def all_between(self, low: Int[Tensor, "*S"], high: Int[Tensor, "*S"]) -> Bool[Tensor, "*S"]:
+        """Tell whether all positions in `low..high`, both inclusive, are members."""
+        if not self.positions:
+            return high < self.first
+        return self._count_between(low, high) == high - low + 1
+
+    def _count_between(self, low: Int[Tensor, "*S"], high: Int[Tensor, "*S"]) -> Int[Tensor, "*S"]:
         sorted_members = torch.tensor(
             sorted(set(range(self.first)) | set(self.positions)), device=low.device, dtype=low.dtype
         )
@@ -288,14 +297,11 @@ class QueryIn:
 
     def may_touch(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
         """True where a member lies between the bounds."""
-        count = self.members.count_between(query.index_low, query.index_high)
-        return (count > 0) & torch.ones_like(key.index_low, dtype=torch.bool)
+        return self.members.any_between(query.index_low, query.index_high)
 
     def covers(self, query: Boxes, key: Boxes) -> Bool[Tensor, "..."]:
         """True where all positions between the bounds are members."""
-        count = self.members.count_between(query.index_low, query.index_high)
-        everything = count == query.index_high - query.index_low + 1
-        return everything & torch.ones_like(key.index_low, dtype=torch.bool)
+        return self.members.all_between(query.index_low, query.index_high)
 
 
 @dataclass(frozen=True, slots=True)

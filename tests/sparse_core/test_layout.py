@@ -349,11 +349,11 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("pattern", "most"),
     [
-        (SlidingWindow(512), 300),
-        (SlidingWindow(256) | GlobalTokens(64), 1000),
-        (SlidingWindow(96) | GlobalTokens(128) | RandomBlocks(3, block=64), 1250),
-        (SlidingWindow(8), 850),
-        (SlidingWindow(8) | GlobalTokens(4), 1550),
+        (SlidingWindow(512), 220),
+        (SlidingWindow(256) | GlobalTokens(64), 430),
+        (SlidingWindow(96) | GlobalTokens(128) | RandomBlocks(3, block=64), 550),
+        (SlidingWindow(8), 600),
+        (SlidingWindow(8) | GlobalTokens(4), 780),
     ],
     ids=str,
 )
