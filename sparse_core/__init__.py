@@ -1,7 +1,7 @@
 """Sparse attention: patterns, layouts, engines and the modules that use them."""
 
 from sparse_core.building import build_layout
-from sparse_core.layout import BlockLayout, concat, merge, stack
+from sparse_core.layout import BlockLayout, concat, merge, stack, with_block_biases
 from sparse_core.ops import merge_attention, sparse_attention
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "merge_attention",
     "sparse_attention",
     "stack",
+    "with_block_biases",
 ]

@@ -31,12 +31,13 @@ def forward(
     scale: float,
     key_bias: Float[Tensor, "B Tk"] | None,
     alibi_slopes: Float[Tensor, "H"] | None,
+    block_bias: Float[Tensor, "B Hkv N"] | None,
 ) -> tuple[Float[Tensor, "B Tq H D"], Float[Tensor, "B H Tq"]]:
     """Compute output and log-sum-exp."""
     dtype = _accumulator(q.dtype)
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
-    for view in _views(q, k, layout, key_bias, alibi_slopes):
+    for view in _views(q, k, layout, key_bias, alibi_slopes, block_bias):
         for chunk in _chunks(view, layout):
             scores, values = _scores(view, chunk, layout, q, k, v, scale)
             largest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
@@ -64,6 +65,7 @@ class Gradients:
     v: Float[Tensor, "B Tk Hkv D"]
     key_bias: Float[Tensor, "B Tk"] | None
     alibi_slopes: Float[Tensor, "H"] | None
+    block_bias: Float[Tensor, "B Hkv N"] | None
 
 
 def backward(
@@ -79,6 +81,7 @@ def backward(
     scale: float,
     key_bias: Float[Tensor, "B Tk"] | None,
     alibi_slopes: Float[Tensor, "H"] | None,
+    block_bias: Float[Tensor, "B Hkv N"] | None,
 ) -> Gradients:
     """Compute all gradients in one pass over the stored blocks."""
     dtype = _accumulator(q.dtype)
@@ -91,7 +94,8 @@ def backward(
     dv = torch.zeros(k.shape, dtype=dtype, device=q.device)
     dbias = None if key_bias is None else torch.zeros_like(key_bias, dtype=dtype)
     dslopes = None if alibi_slopes is None else torch.zeros_like(alibi_slopes, dtype=dtype)
-    for view in _views(q, k, layout, key_bias, alibi_slopes):
+    dblocks = None if block_bias is None else torch.zeros_like(block_bias, dtype=dtype)
+    for view in _views(q, k, layout, key_bias, alibi_slopes, block_bias):
         for chunk in _chunks(view, layout):
             weights, values = _scores(view, chunk, layout, q, k, v, scale)
             known = view.rows(row_lse, chunk).unsqueeze(-1)
@@ -110,19 +114,23 @@ def backward(
             dk_chunk = torch.bmm(_flat(slope).mT, _flat(queries)).view_as(keys).mul_(scale)
             view.add_keys(dk, dk_chunk, chunk)
             view.add_keys(dv, dv_chunk, chunk)
-            if dbias is not None:
+            if dbias is not None and chunk.takes_key_bias:
                 by_key = slope.sum((1, 2, 3)).flatten()
                 dbias[view.sample].index_add_(0, chunk.key_tokens.flatten(), by_key)
             if dslopes is not None:
                 distance = _distance(chunk, layout, dtype)
                 by_head = torch.einsum("rhgmn,rmn->hg", slope, distance)
                 dslopes[view.query_heads] -= by_head.flatten()
+            if dblocks is not None and chunk.bias is not None:
+                by_entry = slope.unflatten(4, (chunk.bias.shape[1], -1)).sum((2, 3, 5))
+                view.add_biases(dblocks, by_entry, chunk.bias)
     return Gradients(
         dq.to(q.dtype),
         dk.to(k.dtype),
         dv.to(v.dtype),
         None if dbias is None or key_bias is None else dbias.to(key_bias.dtype),
         None if dslopes is None or alibi_slopes is None else dslopes.to(alibi_slopes.dtype),
+        None if dblocks is None or block_bias is None else dblocks.to(block_bias.dtype),
     )
 
 
@@ -130,7 +138,8 @@ def backward(
 class _Chunk:
     """Some query blocks of one part, each with the same number of key blocks.
 
-    The first `num_masked` keys of each row need `mask`; `absent` marks padding of the list.
+    The first `num_masked` keys of each row need `mask`; `absent` marks padding of the list. `bias`
+    names each key block's number in `block_bias`, if the part's entries take one.
     """
 
     query_tokens: Int[Tensor, "R M"]
@@ -139,6 +148,8 @@ class _Chunk:
     num_masked: int
     mask: Bool[Tensor, "R M Nmasked"] | None
     absent: Bool[Tensor, "R N"] | None
+    bias: Int[Tensor, "R C"] | None
+    takes_key_bias: bool
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,7 @@ class _View:
     num_shared: int
     key_bias: Float[Tensor, "Tk"] | None
     slopes: Float[Tensor, "K G"] | None
+    block_bias: Float[Tensor, "K N"] | None
 
     def take(self, x: Float[Tensor, "B Tq H ..."], tokens: Int[Tensor, "N"]) -> Tensor:
         """Read [N, K*G, ...] of these queries."""
@@ -192,13 +204,31 @@ class _View:
         else:
             target.index_put_((tokens[:, None], self.key_heads), share, accumulate=True)
 
+    def add_biases(
+        self,
+        total: Float[Tensor, "B Hkv N"],
+        part: Float[Tensor, "R K C"],
+        bias: Int[Tensor, "R C"],
+    ) -> None:
+        """Add the chunk's share to the number of each pair of blocks."""
+        share, target = part.transpose(0, 1).flatten(1), total[self.sample]
+        if self.key_heads is None:
+            target.index_add_(1, bias.flatten(), share)
+        else:
+            target.index_put_((self.key_heads[:, None], bias.flatten()), share, accumulate=True)
+
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _views(
-    q: Tensor, k: Tensor, layout: BlockLayout, key_bias: Tensor | None, slopes: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    layout: BlockLayout,
+    key_bias: Tensor | None,
+    slopes: Tensor | None,
+    block_bias: Tensor | None,
 ) -> Iterator[_View]:
     num_samples, num_key_heads = k.shape[0], k.shape[2]
     shared = q.shape[2] // num_key_heads
@@ -218,6 +248,7 @@ def _views(
                 shared,
                 None if key_bias is None else key_bias[sample].to(dtype),
                 None if slopes is None else slopes[of_query].to(dtype).view(-1, shared),
+                None if block_bias is None else block_bias[sample, heads].to(dtype),
             )
 
 
@@ -248,7 +279,16 @@ def _chunks(view: _View, layout: BlockLayout) -> Iterator[_Chunk]:
             absent = None
             if not bool(inside.all()):
                 absent = (~inside).repeat_interleave(part.keys.size, dim=1)
-            yield _Chunk(queries, query_exists[rows], keys, masked * part.keys.size, mask, absent)
+            yield _Chunk(
+                queries,
+                query_exists[rows],
+                keys,
+                masked * part.keys.size,
+                mask,
+                absent,
+                None if part.rows.bias is None else part.rows.bias[entry].long(),
+                part.takes_key_bias,
+            )
 
 
 _Item = tuple[int, int, int, int]
@@ -260,7 +300,7 @@ def _items(lists: Lists, group: int, limit: int) -> Iterator[list[_Item]]:
 
     A batch holds a row at most once, and at most `limit` entries in all.
     """
-    ptr, full = lists.ptr[group].tolist(), lists.full[group].tolist()
+    ptr, full = lists.ends(group)
     items: list[tuple[tuple[int, int, int], _Item]] = []
     for row in range(len(full)):
         for piece, begin in enumerate(range(ptr[row], ptr[row + 1], limit)):
@@ -315,8 +355,11 @@ def _scores(
     keys, values = view.keys(k, chunk).to(dtype), view.keys(v, chunk).to(dtype)
     flat = torch.bmm(_flat(queries), keys.flatten(0, 1).mT).mul_(scale)
     scores = flat.view(*queries.shape[:4], -1)
-    if view.key_bias is not None:
+    if view.key_bias is not None and chunk.takes_key_bias:
         scores += view.key_bias[chunk.key_tokens][:, None, None, None, :]
+    if view.block_bias is not None and chunk.bias is not None:
+        by_entry = view.block_bias[:, chunk.bias].transpose(0, 1)
+        scores.unflatten(4, (chunk.bias.shape[1], -1)).add_(by_entry[:, :, None, None, :, None])
     if view.slopes is not None:
         distance = _distance(chunk, layout, dtype)
         scores -= view.slopes[..., None, None] * distance[:, None, None]

@@ -1,19 +1,24 @@
 """The best blocks for each block, without ever holding all scores.
 
-A first pass finds groups of blocks by their best, a second the best blocks of these groups. That
-is exact: the K best blocks lie in the K groups with the best maxima, for if a block's group is not
-among them, each of those holds a block that comes before it. There are few maxima, so that ordering
-them costs little beside making the scores.
+Some queries at a time: keys are put in groups, and the best keys are looked for in the groups with
+the best maxima. That is exact: the K best keys lie in the K best groups, for if a key's group is
+not among them, each of those holds a key that comes before it. Groups where only some keys may be
+chosen are taken by all of their keys; a query has at most EDGES of them, and takes as many more
+groups. So a pass over all scores does no more than write them and find maxima.
 """
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK_NUMBERS = 2**25
+CHUNK_NUMBERS = 2**26
 """Scores of pairs of blocks, or channels of chosen ones, held at a time."""
 GROUP = 16
 """Blocks in a group."""
+EDGES = 4
+"""Ends of what a query may choose from, before and after the blocks that are near."""
 
 _LOW = 2**31 - 1
 _NOTHING = -2139095041
@@ -29,14 +34,27 @@ def choose(
     Query r chooses from `low[r]` up to, not including, `high[r]`, and none of the `num_near` to
     each side. The largest stands first, equal ones (as float32) by number; R stands for none.
     """
-    number = torch.arange(queries.shape[2], device=queries.device)
+    num_blocks = keys.shape[2]
+    number = torch.arange(num_blocks, device=queries.device)
     if not queries.shape[:3].numel() or not num_chosen:
         return number.new_empty((*queries.shape[:3], num_chosen))
-    ends = low, high, num_near
+    before, after = number - num_near, number + num_near + 1
+    ends = torch.stack([low, torch.minimum(high, before), torch.maximum(low, after), high])
+    grouped = num_blocks > GROUP * (num_chosen + EDGES)
+    step = max(1, CHUNK_NUMBERS // (queries.shape[:2].numel() * num_blocks))
+    found = []
     with torch.amp.autocast(queries.device.type, enabled=False):
-        groups = _best_groups(queries, keys, number, ends, num_chosen)
-        best = _best_members(queries, keys, number, ends, groups)
-    return torch.where(best >> 32 > _NOTHING, _number(best), len(number))
+        table = _in_groups(keys).mT if grouped else keys.mT
+        rows = zip(queries.split(step, 2), ends[..., None].split(step, 1), strict=True)
+        for some, within in rows:
+            scores, column = some @ table, number
+            if grouped:
+                scores, column = _best_groups(scores, within, num_chosen + EDGES)
+            allowed = _allowed(within, column, column)
+            rank = _rank(scores.masked_fill_(~allowed, -torch.inf), column)
+            found.append(rank.topk(num_chosen, dim=3).values)
+    best = torch.cat(found, 2)
+    return torch.where(best >> 32 > _NOTHING, _number(best), num_blocks)
 
 
 @choose.register_fake
@@ -46,70 +64,119 @@ def _choose_fake(
     return queries.new_empty((*queries.shape[:3], num_chosen), dtype=torch.int64)
 
 
-_Ends = tuple[Int[Tensor, "R"], Int[Tensor, "R"], int]
+@torch.library.custom_op("gigasparse::score_blocks", mutates_args=())
+def score_blocks(queries: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
+    """Multiply each query [B, H, R, D] with the keys that it chose [B, H, R, K].
 
-
-def _best_groups(
-    queries: Float[Tensor, "B H R D"],
-    keys: Float[Tensor, "B H R D"],
-    number: Int[Tensor, "R"],
-    ends: _Ends,
-    num_chosen: int,
-) -> Int[Tensor, "B H R K"]:
-    """Keep the best groups so far while going through the keys."""
-    shape = (*queries.shape[:3], num_chosen)
-    best = torch.full(shape, _NOTHING << 32, device=queries.device)
-    step = max(1, CHUNK_NUMBERS // (queries.shape[:3].numel() * GROUP)) * GROUP
-    for begin in range(0, len(number), step):
-        column = number[begin : begin + step]
-        scores = queries @ keys[:, :, begin : begin + step].mT
-        scores.masked_fill_(~_allowed(number[:, None], column, ends), -torch.inf)
-        scores = torch.nn.functional.pad(scores, (0, -len(column) % GROUP), value=-torch.inf)
-        rank = _rank(scores.unflatten(3, (-1, GROUP)).amax(4), column[::GROUP] // GROUP)
-        best = torch.cat([best, rank], 3).topk(num_chosen, dim=3).values
-    return _number(best)
-
-
-def _best_members(
-    queries: Float[Tensor, "B H R D"],
-    keys: Float[Tensor, "B H R D"],
-    number: Int[Tensor, "R"],
-    ends: _Ends,
-    groups: Int[Tensor, "B H R K"],
-) -> Int[Tensor, "B H R K"]:
-    """Rank the keys of each query's groups, some queries at a time."""
-    batch, heads, num_blocks, channels = keys.shape
-    num_chosen = groups.shape[3]
-    table = keys.reshape(-1, channels)
-    head = torch.arange(batch * heads, device=keys.device).view(batch, heads, 1, 1)
-    inside = torch.arange(GROUP, device=keys.device)
-    found = []
-    step = max(1, CHUNK_NUMBERS // (batch * heads * num_chosen * GROUP * channels))
-    for row, group in zip(number.split(step), groups.split(step, 2), strict=True):
-        column = (group[..., None] * GROUP + inside).flatten(3)
-        exists = column < num_blocks
-        column = column.clamp(max=num_blocks - 1)
-        members = torch.nn.functional.embedding(head * num_blocks + column, table)
-        scores = (members @ queries.index_select(2, row)[..., None])[..., 0]
-        scores.masked_fill_(~(exists & _allowed(row[:, None], column, ends)), -torch.inf)
-        found.append(_rank(scores, column).topk(num_chosen, dim=3).values)
+    Differentiable; what stands for none gets any score.
+    """
+    if not chosen.numel():
+        return queries.new_empty(chosen.shape)
+    with torch.amp.autocast(queries.device.type, enabled=False):
+        found = [
+            (_gather(keys, names) @ some[..., None])[..., 0]
+            for some, names in _some_rows(keys, chosen, queries, chosen)
+        ]
     return torch.cat(found, 2)
 
 
+@score_blocks.register_fake
+def _score_blocks_fake(queries: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
+    return queries.new_empty(chosen.shape)
+
+
+@torch.library.custom_op("gigasparse::score_blocks_backward", mutates_args=())
+def _score_blocks_backward(
+    grad: Tensor, queries: Tensor, keys: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums go in a fixed order: those of a key over sorted entries."""
+    by_query, by_key = [], torch.zeros_like(keys).flatten(0, 2)
+    with torch.amp.autocast(queries.device.type, enabled=False):
+        for some, mine, names in _some_rows(keys, chosen, grad, queries, chosen):
+            by_query.append((some[..., None, :] @ _gather(keys, names))[..., 0, :])
+            by_entry = some[..., None] * mine[..., None, :]
+            by_key += torch.ops.aten.embedding_dense_backward(
+                by_entry, _places(names, keys), by_key.shape[0], -1, False
+            )
+    return torch.cat(by_query, 2), by_key.view(keys.shape)
+
+
+@_score_blocks_backward.register_fake
+def _score_blocks_backward_fake(
+    grad: Tensor, queries: Tensor, keys: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+    found = torch.ops.gigasparse.score_blocks_backward(grad, *ctx.saved_tensors)
+    return *found, None
+
+
+score_blocks.register_autograd(_differentiate, setup_context=_save)
+
+
+def _in_groups(keys: Float[Tensor, "B H R D"]) -> Float[Tensor, "B H R+ D"]:
+    """Order keys by their places in groups of consecutive ones: maxima are then of whole rows."""
+    padded = torch.nn.functional.pad(keys, (0, 0, 0, -keys.shape[2] % GROUP))
+    return padded.unflatten(2, (-1, GROUP)).transpose(2, 3).flatten(2, 3)
+
+
+def _best_groups(
+    scores: Float[Tensor, "B H r R+"], within: Int[Tensor, "4 r 1"], num_groups: int
+) -> tuple[Float[Tensor, "B H r N"], Int[Tensor, "B H r N"]]:
+    """Give the scores of the best groups' keys, and their numbers."""
+    members = scores.unflatten(3, (GROUP, -1))
+    group = torch.arange(members.shape[4], device=scores.device)
+    first = group * GROUP
+    some_allowed = _allowed(within, first, first + GROUP - 1)
+    best = members.amax(3).masked_fill_(~some_allowed, -torch.inf)
+    chosen = _number(_rank(best, group).topk(num_groups, dim=3, sorted=False).values)[:, :, :, None]
+    inside = torch.arange(GROUP, device=scores.device)[:, None]
+    found = members.gather(4, chosen.expand(-1, -1, -1, GROUP, -1))
+    return found.flatten(3), (chosen * GROUP + inside).flatten(3)
+
+
 def _allowed(
-    row: Int[Tensor, "..."], column: Int[Tensor, "..."], ends: _Ends
+    within: Int[Tensor, "4 r 1"], first: Int[Tensor, "..."], last: Int[Tensor, "..."]
 ) -> Bool[Tensor, "..."]:
-    low, high, near = ends
-    within = (column >= low[row]) & (column < high[row])
-    return within & ((column < row - near) | (column > row + near))
+    """Whether rows may choose some of the blocks from `first` to `last`: those of two runs."""
+    low, before, after, high = within.unbind(0)
+    return ((last >= low) & (first < before)) | ((last >= after) & (first < high))
 
 
 def _rank(scores: Float[Tensor, "..."], number: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """Order by score, as float32, and where it is equal by number, smallest first: an integer."""
     bits = (scores.float() + 0.0).contiguous().view(torch.int32)  # + 0.0: -0 is equal to 0
     bits = bits ^ ((bits >> 31) & _LOW)
-    return (bits.long() << 32) + (_LOW - number)
+    return torch.add(_LOW - number, bits, alpha=2**32)
 
 
 def _number(rank: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     return _LOW - (rank & 0xFFFFFFFF)
+
+
+def _some_rows(
+    keys: Float[Tensor, "B H R D"], chosen: Int[Tensor, "B H R K"], *tensors: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors [B, H, R, ...] so that the keys of some rows' choices are few."""
+    row_numbers = chosen[:, :, 0].numel() * keys.shape[3]
+    step = max(1, CHUNK_NUMBERS // max(row_numbers, 1))
+    return zip(*(x.split(step, 2) for x in tensors), strict=True)
+
+
+def _places(chosen: Int[Tensor, "B H r K"], keys: Float[Tensor, "B H R D"]) -> Tensor:
+    """Where chosen keys are in a table of those of all heads."""
+    batch, heads, num_blocks, _ = keys.shape
+    head = torch.arange(batch * heads, device=keys.device).view(batch, heads, 1, 1)
+    return chosen.clamp(max=num_blocks - 1) + head * num_blocks
+
+
+def _gather(
+    keys: Float[Tensor, "B H R D"], chosen: Int[Tensor, "B H r K"]
+) -> Float[Tensor, "B H r K D"]:
+    return torch.nn.functional.embedding(_places(chosen, keys), keys.flatten(0, 2))

@@ -1,5 +1,6 @@
 """BlockLayout: a pattern's answer for one batch of sequences, in blocks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -16,15 +17,22 @@ from sparse_core.schedule import Agenda, Launch, Schedule, make_schedule
 class Lists:
     """For each of G groups and R blocks of one side, the blocks of the other side that it meets.
 
-    `index[ptr[g, r] : ptr[g, r + 1]]` are the blocks of row r in ascending order, those that need
-    a mask first; from `full[g, r]` on every pair is kept. `tile` names each partial entry's bits,
-    if the part has any.
+    A layout's groups may all share lists: G is then 1. `index[ptr[g, r] : ptr[g, r + 1]]` are the
+    blocks of row r, in ascending order unless they were chosen, those that need a mask first; from
+    `full[g, r]` on every pair is kept. `tile` names each partial entry's bits, if the part has any.
+    `bias` names the number that each entry's scores take from `block_bias`; None if they take none.
     """
 
     ptr: Int[Tensor, "G R+1"]
     full: Int[Tensor, "G R"]
     index: Int[Tensor, "Z"]
     tile: Int[Tensor, "Z"]
+    bias: Int[Tensor, "Z"] | None = None
+
+    def ends(self, group: int) -> tuple[list[int], list[int]]:
+        """Copy a group's `ptr` and `full` to the host."""
+        row = group if self.ptr.shape[0] > 1 else 0
+        return self.ptr[row].tolist(), self.full[row].tolist()
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,9 @@ class Part:
     """Pairs of blocks under one blocking of queries and one of keys.
 
     `rows` lists key blocks by query block, `columns` query blocks by key block. Partial blocks are
-    masked by `program`, or by `tiles` of bits where no program exists.
+    masked by `program`, or by `tiles` of bits where no program exists. Entries' biases are among
+    the first `num_biases` of `block_bias`. Where keys have a bias of 0 throughout, the part need
+    not take `key_bias`, which spares work.
     """
 
     queries: Blocks
@@ -41,6 +51,8 @@ class Part:
     columns: Lists
     tiles: UInt8[Tensor, "U M W"]
     program: Program
+    num_biases: int = 0
+    takes_key_bias: bool = True
 
     @property
     def num_blocks(self) -> int:
@@ -90,7 +102,12 @@ class BlockLayout:
     @property
     def num_groups(self) -> int:
         """Sets of lists that heads and samples choose from."""
-        return self.parts[0].rows.ptr.shape[0] if self.parts else 1
+        return max([1, *(part.rows.ptr.shape[0] for part in self.parts)])
+
+    @property
+    def num_biases(self) -> int:
+        """How many numbers `block_bias` holds for each head; 0 if no pair of blocks takes one."""
+        return max([0, *(part.num_biases for part in self.parts)])
 
     @property
     def device(self) -> torch.device:
@@ -124,8 +141,35 @@ class BlockLayout:
         """Write out how often each pair of tokens is kept: 0 or 1, more only after `merge`."""
         total = torch.zeros(self.num_queries, self.num_keys, dtype=torch.int32, device=self.device)
         for part in self.parts:
-            _add_part(total, self, part, group)
+            for query, key, _, kept in self.kept(part, group):
+                total[query[:, None], key] += kept.to(torch.int32)
         return total
+
+    def kept(
+        self, part: Part, group: int = 0
+    ) -> Iterator[tuple[Int[Tensor, "M"], Int[Tensor, "N"], int, Bool[Tensor, "M N"]]]:
+        """Go through a part's entries: their queries, keys, place, and which pairs are kept."""
+        query_tokens, query_exists = part.queries.tokens()
+        key_tokens, key_exists = part.keys.tokens()
+        ptr, full = part.rows.ends(group)
+        for row in range(len(part.queries)):
+            for entry in range(ptr[row], ptr[row + 1]):
+                column = int(part.rows.index[entry])
+                query = query_tokens[row][query_exists[row]]
+                key = key_tokens[column][key_exists[column]]
+                kept = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device)
+                if entry < full[row] and part.program:
+                    kept = evaluate(
+                        part.program,
+                        self.query_coords[query],
+                        self.key_coords[key],
+                        self.query_flags[query],
+                        self.key_flags[key],
+                    )
+                elif entry < full[row]:
+                    bits = part.tiles[part.rows.tile[entry].long()]
+                    kept = unpack_bits(bits, part.keys.size)[: len(query), : len(key)]
+                yield query, key, entry, kept
 
     def mask(self, group: int = 0) -> Bool[Tensor, "Tq Tk"]:
         """Write out which pairs of tokens are kept. Memory is Tq x Tk."""
@@ -144,6 +188,7 @@ def concat(layouts: list[BlockLayout]) -> BlockLayout:
     Raises ValueError if patterns or block sizes differ.
     """
     first = layouts[0]
+    _check_no_biases(layouts)
     for other in layouts[1:]:
         same = other.pattern == first.pattern and len(other.parts) == len(first.parts)
         if not same or other.num_groups != first.num_groups:
@@ -182,6 +227,7 @@ def merge(layouts: list[BlockLayout]) -> BlockLayout:
     al. 2023, dilated attention). It is what `build_layout` makes of `a + b`.
     """
     first = layouts[0]
+    _check_no_biases(layouts)
     tokens = (first.num_queries, first.num_keys, first.num_groups)
     if any((x.num_queries, x.num_keys, x.num_groups) != tokens for x in layouts):
         raise ValueError("merge takes layouts of the same tokens and groups")
@@ -210,6 +256,7 @@ def stack(layouts: list[BlockLayout], group_of: Int[Tensor, "B Hkv"]) -> BlockLa
     `RandomBlocks` with a seed for each head.
     """
     first = layouts[0]
+    _check_no_biases(layouts)
     if int(group_of.min()) < 0 or int(group_of.max()) >= len(layouts):
         raise ValueError(f"group_of names layouts 0 to {len(layouts) - 1}; got {group_of.tolist()}")
     parts = []
@@ -227,6 +274,34 @@ def stack(layouts: list[BlockLayout], group_of: Int[Tensor, "B Hkv"]) -> BlockLa
     return with_parts(first, tuple(parts), group_of=chosen, pattern=names)
 
 
+def with_block_biases(layout: BlockLayout) -> BlockLayout:
+    """Let every stored pair of blocks take a number of `block_bias`.
+
+    Numbers are in the order of the parts' `rows`, one part after another. Packing comes before.
+    """
+    parts, used = [], 0
+    for part in layout.parts:
+        place = torch.arange(part.num_blocks, dtype=torch.int32, device=layout.device) + used
+        rows = replace(part.rows, bias=place)
+        columns = replace(part.columns, bias=place[_mirrored_places(part)])
+        used += part.num_blocks
+        parts.append(replace(part, rows=rows, columns=columns, num_biases=used))
+    return replace(layout, parts=tuple(parts))
+
+
+def _mirrored_places(part: Part) -> Int[Tensor, "Z"]:
+    """Find the entry of `rows` that each entry of `columns` mirrors."""
+    num_rows, num_columns = max(len(part.queries), 1), max(len(part.keys), 1)
+    row, at = _entries(part.rows)
+    column, beside = _entries(part.columns)
+    mine = row * num_columns + part.rows.index[at]
+    group, column = column // num_columns, column % num_columns
+    theirs = (group * num_rows + part.columns.index[beside]) * num_columns + column
+    places = torch.empty_like(part.columns.index, dtype=torch.int64)
+    places[beside[torch.argsort(theirs)]] = at[torch.argsort(mine)]
+    return places
+
+
 def with_parts(
     layout: BlockLayout, parts: tuple[Part, ...], **changes: Tensor | str
 ) -> BlockLayout:
@@ -237,6 +312,11 @@ def with_parts(
     return BlockLayout(**values | {"parts": parts, "schedule": schedule})
 
 
+def _check_no_biases(layouts: list[BlockLayout]) -> None:
+    if any(layout.num_biases for layout in layouts):
+        raise ValueError("pack layouts first, then let their blocks take biases")
+
+
 def _entries(lists: Lists) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
     """Row number and place of each entry of all groups, which may share places."""
     starts = lists.ptr[:, :-1].reshape(-1).long()
@@ -244,30 +324,6 @@ def _entries(lists: Lists) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
     row = torch.arange(count.numel(), device=starts.device).repeat_interleave(count)
     inner = torch.arange(row.numel(), device=starts.device) - (count.cumsum(0) - count)[row]
     return row, starts[row] + inner
-
-
-def _add_part(total: Tensor, layout: BlockLayout, part: Part, group: int) -> None:
-    query_tokens, query_exists = part.queries.tokens()
-    key_tokens, key_exists = part.keys.tokens()
-    ptr, full = part.rows.ptr[group].tolist(), part.rows.full[group].tolist()
-    for row in range(len(part.queries)):
-        for entry in range(ptr[row], ptr[row + 1]):
-            column = int(part.rows.index[entry])
-            q = query_tokens[row][query_exists[row]]
-            k = key_tokens[column][key_exists[column]]
-            kept = torch.ones(q.numel(), k.numel(), dtype=torch.bool, device=q.device)
-            if entry < full[row] and part.program:
-                kept = evaluate(
-                    part.program,
-                    layout.query_coords[q],
-                    layout.key_coords[k],
-                    layout.query_flags[q],
-                    layout.key_flags[k],
-                )
-            elif entry < full[row]:
-                bits = part.tiles[part.rows.tile[entry].long()]
-                kept = unpack_bits(bits, part.keys.size)[: q.numel(), : k.numel()]
-            total[q[:, None], k[None, :]] += kept.to(torch.int32)
 
 
 def _offsets(counts: list[int]) -> list[int]:
@@ -349,21 +405,31 @@ def _shift_flags(part: Part, shift: int) -> Part:
 
 
 def register_pytree(cls: type, *constants: str) -> None:
-    """Make a dataclass a pytree: of tensors and nested values, except the named constants."""
-    children = [f.name for f in fields(cls) if f.name not in constants]
+    """Make a dataclass a pytree: of tensors and nested values, except the named constants.
+
+    What is None is no leaf.
+    """
+    names = [f.name for f in fields(cls) if f.name not in constants]
+
+    def present(value: object) -> tuple[str, ...]:
+        return tuple(n for n in names if getattr(value, n) is not None)
 
     def flatten(value: object) -> tuple[list[object], tuple[object, ...]]:
-        return [getattr(value, n) for n in children], tuple(getattr(value, n) for n in constants)
+        children = present(value)
+        context = children, *(getattr(value, n) for n in constants)
+        return [getattr(value, n) for n in children], context
 
     def unflatten(values: object, context: tuple[object, ...]) -> object:
-        given = dict(zip(children, values, strict=True))  # type: ignore[call-overload]
-        return cls(**given, **dict(zip(constants, context, strict=True)))
+        children, *rest = context
+        given = dict.fromkeys(names) | dict(zip(children, values, strict=True))  # type: ignore[call-overload]
+        return cls(**given, **dict(zip(constants, rest, strict=True)))
 
     def flatten_with_keys(
         value: object,
     ) -> tuple[list[tuple[pytree.KeyEntry, object]], tuple[object, ...]]:
         values, context = flatten(value)
-        return [(pytree.GetAttrKey(n), v) for n, v in zip(children, values, strict=True)], context
+        keys = map(pytree.GetAttrKey, present(value))
+        return list(zip(keys, values, strict=True)), context
 
     pytree.register_pytree_node(
         cls,
@@ -376,7 +442,7 @@ def register_pytree(cls: type, *constants: str) -> None:
 
 register_pytree(Blocks, "stride", "size", "num_tokens", "regular")
 register_pytree(Lists)
-register_pytree(Part, "program")
+register_pytree(Part, "program", "num_biases", "takes_key_bias")
 register_pytree(Launch, "part_numbers", "affine", "num_slots")
 register_pytree(Agenda, "num_states", "complete", "fresh")
 register_pytree(Schedule, "spacing")

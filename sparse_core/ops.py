@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ def sparse_attention(
     scale: float | None = None,
     key_bias: Float[Tensor, "B Tk"] | None = None,
     alibi_slopes: Float[Tensor, "H"] | None = None,
+    block_bias: Float[Tensor, "B Hkv N"] | None = None,
     backend: Backend = "auto",
     precision: Precision = "ieee",
     return_lse: bool = False,
@@ -36,12 +38,14 @@ def sparse_attention(
 
     Scores are `scale * q.k + key_bias[key] - alibi_slopes[head] * distance(query, key)`, where the
     distance is that of the layout's coordinates (Euclidean) and `scale` is `D ** -0.5` if not
-    given. Several query heads may share a key head (H a multiple of Hkv). A query that may attend
-    to nothing gives output 0, log-sum-exp -inf and gradient 0.
+    given. Where a layout's pairs of blocks take numbers (see `with_block_biases`), `block_bias`
+    holds `layout.num_biases` of them for each key head, and each is added to all scores of its
+    pair of blocks. Several query heads may share a key head (H a multiple of Hkv). A query that may
+    attend to nothing gives output 0, log-sum-exp -inf and gradient 0.
 
     `backend` names the engine; "auto" takes the fastest that can run here: "triton" on a GPU for
     float32, float16 and bfloat16 and head dimensions up to 256, else "blockwise". All engines are
-    exact, and differentiable in q, k, v, key_bias, alibi_slopes and through the returned
+    exact, and differentiable in q, k, v, the biases, the slopes and through the returned
     log-sum-exp. `precision="tf32"` lets the Triton engine round the factors of float32 products to
     10 bits; other engines and dtypes do not heed it. Attention dropout is not offered: drop in the
     residual stream instead.
@@ -50,22 +54,22 @@ def sparse_attention(
     engine that cannot run here.
     """
     layout = _for_batch(layout, q.shape[0])
-    _validate(q, k, v, layout, key_bias, alibi_slopes)
+    _validate(q, k, v, layout, key_bias, alibi_slopes, block_bias)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision is ieee or tf32; got {precision!r}")
     engine = choose_engine(backend, q)
     if engine == "reference":
-        out, lse = _run_reference(q, k, v, layout, scale, key_bias, alibi_slopes)
+        out, lse = _run_reference(q, k, v, layout, scale, key_bias, alibi_slopes, block_bias)
     elif torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
         tensors, numbers = _flatten(layout)
         out, lse = torch.ops.gigasparse.attention(
-            q, k, v, key_bias, alibi_slopes, tensors, numbers, scale, engine, precision
+            q, k, v, key_bias, alibi_slopes, block_bias, tensors, numbers, scale, engine, precision
         )
     else:
         q, k, v = _autocast(q, k, v)
         out, lse = _Attention.apply(
-            q, k, v, key_bias, alibi_slopes, layout, scale, engine, precision
+            q, k, v, key_bias, alibi_slopes, block_bias, layout, scale, engine, precision
         )
     return (out, lse) if return_lse else out
 
@@ -126,22 +130,22 @@ class _Attention(torch.autograd.Function):
     """The op without its schema: what a call costs besides its kernels is several times less."""
 
     @staticmethod
-    def forward(ctx, q, k, v, key_bias, alibi_slopes, layout, scale, engine, precision):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, v, key_bias, alibi_slopes, block_bias, *rest):  # type: ignore[no-untyped-def]
         """Run the engine."""
         ctx.set_materialize_grads(False)
-        out, lse = _forward(q, k, v, key_bias, alibi_slopes, layout, scale, engine, precision)
-        ctx.save_for_backward(q, k, v, out, lse, key_bias, alibi_slopes)
-        ctx.rest = layout, scale, engine, precision
+        out, lse = _forward(q, k, v, key_bias, alibi_slopes, block_bias, *rest)
+        ctx.save_for_backward(q, k, v, out, lse, key_bias, alibi_slopes, block_bias)
+        ctx.rest = rest
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
         """Run the engine's backward."""
-        q, k, v, out, lse, key_bias, alibi_slopes = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grads = _backward(grad_out, grad_lse, q, k, v, out, lse, key_bias, alibi_slopes, *ctx.rest)
+            grad_out = torch.zeros_like(saved[3])
+        grads = _backward(grad_out, grad_lse, *saved, *ctx.rest)
         return *grads, None, None, None, None
 
 
@@ -160,23 +164,22 @@ def _forward(
     v: Tensor,
     key_bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    block_bias: Tensor | None,
     layout: BlockLayout,
     scale: float,
     engine: str,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     _CALLS[engine] += 1
+    biases = {"key_bias": key_bias, "alibi_slopes": alibi_slopes, "block_bias": block_bias}
     with torch.amp.autocast(q.device.type, enabled=False):
         if engine == "triton":
             from sparse_core.kernels import engine as triton_engine
 
             return triton_engine.forward(
-                q, k, v, layout,
-                scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes, precision=precision,
-            )  # fmt: skip
-        return blockwise.forward(
-            q, k, v, layout, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes
-        )
+                q, k, v, layout, scale=scale, **biases, precision=precision
+            )
+        return blockwise.forward(q, k, v, layout, scale=scale, **biases)
 
 
 def _backward(
@@ -189,11 +192,12 @@ def _backward(
     lse: Tensor,
     key_bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    block_bias: Tensor | None,
     layout: BlockLayout,
     scale: float,
     engine: str,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     _CALLS[engine] += 1
     inputs = grad_out, grad_lse, q, k, v, out, lse, layout
     with torch.amp.autocast(q.device.type, enabled=False):
@@ -201,14 +205,15 @@ def _backward(
             from sparse_core.kernels import engine as triton_engine
 
             grads = triton_engine.backward(
-                *inputs,
-                scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes, precision=precision,
+                *inputs, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes,
+                block_bias=block_bias, precision=precision,
             )  # fmt: skip
         else:
             grads = blockwise.backward(
-                *inputs, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes
-            )
-    return grads.q, grads.k, grads.v, grads.key_bias, grads.alibi_slopes
+                *inputs, scale=scale, key_bias=key_bias, alibi_slopes=alibi_slopes,
+                block_bias=block_bias,
+            )  # fmt: skip
+    return grads.q, grads.k, grads.v, grads.key_bias, grads.alibi_slopes, grads.block_bias
 
 
 @torch.library.custom_op("gigasparse::attention", mutates_args=())
@@ -218,6 +223,7 @@ def _attention(
     v: Tensor,
     key_bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    block_bias: Tensor | None,
     layout_tensors: list[Tensor],
     layout_numbers: list[int],
     scale: float,
@@ -225,7 +231,7 @@ def _attention(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     layout = _unflatten(layout_tensors, layout_numbers)
-    return _forward(q, k, v, key_bias, alibi_slopes, layout, scale, engine, precision)
+    return _forward(q, k, v, key_bias, alibi_slopes, block_bias, layout, scale, engine, precision)
 
 
 @_attention.register_fake
@@ -235,6 +241,7 @@ def _attention_fake(
     v: Tensor,
     key_bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    block_bias: Tensor | None,
     layout_tensors: list[Tensor],
     layout_numbers: list[int],
     scale: float,
@@ -258,19 +265,20 @@ def _attention_backward(
     lse: Tensor,
     key_bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    block_bias: Tensor | None,
     layout_tensors: list[Tensor],
     layout_numbers: list[int],
     scale: float,
     engine: str,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = _unflatten(layout_tensors, layout_numbers)
-    dq, dk, dv, dbias, dslopes = _backward(
-        grad_out, grad_lse, q, k, v, out, lse, key_bias, alibi_slopes, layout, scale, engine,
-        precision,
+    dq, dk, dv, *others = _backward(
+        grad_out, grad_lse, q, k, v, out, lse, key_bias, alibi_slopes, block_bias, layout, scale,
+        engine, precision,
     )  # fmt: skip
-    dbias = q.new_empty(0) if dbias is None else dbias
-    return dq, dk, dv, dbias, q.new_empty(0) if dslopes is None else dslopes
+    dbias, dslopes, dblocks = (q.new_empty(0) if x is None else x for x in others)
+    return dq, dk, dv, dbias, dslopes, dblocks
 
 
 @_attention_backward.register_fake
@@ -284,38 +292,35 @@ def _attention_backward_fake(
     lse: Tensor,
     key_bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    block_bias: Tensor | None,
     layout_tensors: list[Tensor],
     layout_numbers: list[int],
     scale: float,
     engine: str,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    dbias = q.new_empty(0) if key_bias is None else torch.empty_like(key_bias)
-    dslopes = q.new_empty(0) if alibi_slopes is None else torch.empty_like(alibi_slopes)
-    return like[0], like[1], like[2], dbias, dslopes
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    dbias, dslopes, dblocks = (
+        q.new_empty(0) if x is None else torch.empty_like(x)
+        for x in (key_bias, alibi_slopes, block_bias)
+    )
+    return dq, dk, dv, dbias, dslopes, dblocks
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, key_bias, alibi_slopes, tensors, numbers, scale, engine, precision = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, key_bias, alibi_slopes, *tensors)
+    *given, tensors, numbers, scale, engine, precision = inputs
+    ctx.save_for_backward(*given[:3], *output, *given[3:], *tensors)
     ctx.numbers, ctx.scale, ctx.engine, ctx.precision = numbers, scale, engine, precision
     ctx.set_materialize_grads(True)
 
 
 def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, key_bias, alibi_slopes, *tensors = ctx.saved_tensors
-    dq, dk, dv, dbias, dslopes = torch.ops.gigasparse.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, key_bias, alibi_slopes,
-        tensors, ctx.numbers, ctx.scale, ctx.engine, ctx.precision,
-    )  # fmt: skip
-    return (
-        dq, dk, dv,
-        None if key_bias is None else dbias,
-        None if alibi_slopes is None else dslopes,
-        [None] * len(tensors), None, None, None, None,
-    )  # fmt: skip
+    given, tensors = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
+    dq, dk, dv, *others = torch.ops.gigasparse.attention_backward(
+        grad_out, grad_lse, *given, tensors, ctx.numbers, ctx.scale, ctx.engine, ctx.precision
+    )
+    others = (None if x is None else grad for x, grad in zip(given[5:], others, strict=True))
+    return dq, dk, dv, *others, [None] * len(tensors), None, None, None, None
 
 
 torch.library.register_autograd("gigasparse::attention", _differentiate, setup_context=_save)
@@ -357,8 +362,10 @@ def _flatten(layout: BlockLayout) -> tuple[list[Tensor], list[int]]:
             numbers += [blocks.stride, blocks.size, blocks.num_tokens, blocks.regular]
         for lists in (part.rows, part.columns):
             tensors += [lists.ptr, lists.full, lists.index, lists.tile]
+            if part.num_biases and lists.bias is not None:
+                tensors.append(lists.bias)
         tensors.append(part.tiles)
-        numbers += [len(part.program), *part.program]
+        numbers += [part.num_biases, part.takes_key_bias, len(part.program), *part.program]
     for agenda in (layout.schedule.queries, layout.schedule.keys):
         tensors.append(agenda.state_of)
         numbers += [len(agenda.launches), agenda.num_states, agenda.complete, agenda.fresh]
@@ -381,10 +388,13 @@ def _unflatten(tensors: list[Tensor], numbers: list[int]) -> BlockLayout:
             start, count, order = next(flat), next(flat), next(flat)
             stride, size, num_tokens, regular = (next(rest) for _ in range(4))
             sides.append(Blocks(start, count, order, stride, size, num_tokens, bool(regular)))
+        num_biases, takes_key_bias = next(rest), bool(next(rest))
         for _ in range(2):
-            lists.append(Lists(next(flat), next(flat), next(flat), next(flat)))
+            ptr, full, index, tile = (next(flat) for _ in range(4))
+            lists.append(Lists(ptr, full, index, tile, next(flat) if num_biases else None))
         program = tuple(next(rest) for _ in range(next(rest)))
-        parts.append(Part(sides[0], sides[1], lists[0], lists[1], next(flat), program))
+        (queries, keys), (rows, columns), tiles = sides, lists, next(flat)
+        parts.append(Part(queries, keys, rows, columns, tiles, program, num_biases, takes_key_bias))
     agendas = _unflatten_agenda(flat, rest), _unflatten_agenda(flat, rest)
     schedule = Schedule(*agendas, SPACINGS[next(rest)])
     none = query_coords.new_empty(0)
@@ -415,16 +425,50 @@ def _run_reference(
     scale: float,
     key_bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    block_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    counts = torch.stack([layout.counts(group) for group in range(layout.num_groups)])
-    if layout.group_of.numel():
-        shared = q.shape[2] // k.shape[2]
-        counts = counts[layout.group_of.long()].repeat_interleave(shared, dim=1)
+    shared = q.shape[2] // k.shape[2]
+    if block_bias is not None or not all(part.takes_key_bias for part in layout.parts):
+        counts = _weights(layout, q, k, key_bias, block_bias).repeat_interleave(shared, dim=1)
+        key_bias = None
+    else:
+        counts = torch.stack([layout.counts(group) for group in range(layout.num_groups)])
+        if layout.group_of.numel():
+            counts = counts[layout.group_of.long()].repeat_interleave(shared, dim=1)
     alibi = None
     if alibi_slopes is not None:
         distance = coordinate_distance(layout.query_coords, layout.key_coords, q.dtype)
         alibi = -alibi_slopes[:, None, None] * distance
     return reference_attention(q, k, v, counts, scale=scale, key_bias=key_bias, alibi=alibi)
+
+
+def _weights(
+    layout: BlockLayout,
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    block_bias: Tensor | None,
+) -> Float[Tensor, "B Hkv Tq Tk"]:
+    """How much each pair weighs: exp(bias), summed over the parts that keep it."""
+    found = []
+    for sample, head in product(range(k.shape[0]), range(k.shape[2])):
+        group = int(layout.group_of[sample, head]) if layout.group_of.numel() else 0
+        total = q.new_zeros(layout.num_queries, layout.num_keys)
+        for part in layout.parts:
+            counts = torch.zeros_like(total)
+            place = torch.full_like(total, -1, dtype=torch.int64)
+            for query, key, entry, kept in layout.kept(part, group):
+                counts[query[:, None], key] += kept.to(counts.dtype)
+                if part.rows.bias is not None:
+                    place[query[:, None], key] = part.rows.bias[entry].long()
+            bias = torch.zeros_like(total)
+            if block_bias is not None:
+                bias = torch.where(place < 0, 0, block_bias[sample, head][place].to(bias.dtype))
+            if key_bias is not None and part.takes_key_bias:
+                bias = bias + key_bias[sample]
+            total = total + counts * bias.exp()
+        found.append(total)
+    return torch.stack(found).unflatten(0, (k.shape[0], k.shape[2]))
 
 
 def _for_batch(layout: BlockLayout, batch: int) -> BlockLayout:
@@ -446,6 +490,7 @@ def _validate(
     layout: BlockLayout,
     key_bias: Tensor | None,
     alibi_slopes: Tensor | None,
+    block_bias: Tensor | None,
 ) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
@@ -467,6 +512,11 @@ def _validate(
         raise ValueError(f"key_bias is [B, Tk] = {tuple(k.shape[:2])}; got {tuple(key_bias.shape)}")
     if alibi_slopes is not None and alibi_slopes.shape != q.shape[2:3]:
         raise ValueError(f"alibi_slopes is [H] = [{q.shape[2]}]; got {tuple(alibi_slopes.shape)}")
+    wanted = (k.shape[0], k.shape[2], layout.num_biases)
+    if block_bias is not None and tuple(block_bias.shape) != wanted:
+        raise ValueError(
+            f"block_bias is [B, Hkv, layout.num_biases] = {wanted}; got {tuple(block_bias.shape)}"
+        )
     if layout.group_of.numel() and tuple(layout.group_of.shape) != (k.shape[0], k.shape[2]):
         raise ValueError(
             f"group_of is [B, Hkv] = {(k.shape[0], k.shape[2])}; got {tuple(layout.group_of.shape)}"

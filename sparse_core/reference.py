@@ -9,7 +9,7 @@ def reference_attention(
     q: Float[Tensor, "B Tq H D"],
     k: Float[Tensor, "B Tk Hkv D"],
     v: Float[Tensor, "B Tk Hkv D"],
-    counts: Int[Tensor, "*G Tq Tk"] | Bool[Tensor, "*G Tq Tk"],
+    counts: Int[Tensor, "*G Tq Tk"] | Bool[Tensor, "*G Tq Tk"] | Float[Tensor, "*G Tq Tk"],
     *,
     scale: float | None = None,
     key_bias: Float[Tensor, "B Tk"] | None = None,
@@ -17,7 +17,8 @@ def reference_attention(
 ) -> tuple[Float[Tensor, "B Tq H D"], Float[Tensor, "B H Tq"]]:
     """Compute softmax attention in the inputs' own precision, differentiable by autograd.
 
-    `counts` says how often each pair is kept (a mask, if Boolean); it broadcasts to [B, H, Tq, Tk].
+    `counts` says how often each pair is kept (a mask, if Boolean), or how much it weighs; it
+    broadcasts to [B, H, Tq, Tk].
     `alibi` is added to the scaled scores. A query without keys gives 0 and log-sum-exp -inf.
     """
     group = q.shape[2] // k.shape[2]
@@ -30,7 +31,7 @@ def reference_attention(
     if alibi is not None:
         scores = scores + alibi
     weights = counts.to(scores.dtype)
-    scores = scores + torch.where(weights > 0, weights.clamp(min=1), 1).log()
+    scores = scores + torch.where(weights > 0, weights, 1).log()
     scores = scores.masked_fill(weights == 0, -torch.inf)
     largest = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     exponentials = (scores - largest).exp()

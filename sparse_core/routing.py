@@ -4,12 +4,8 @@ The router's score of query block i and key block j is `scale * mean(q_i) . mean
 over the tokens of each block (and over the query heads of a key head): with plain means, the
 average attention score of all their pairs. The blocks that score highest are seen, and their score
 is added to those of all pairs in them, so that a block that helped is scored higher next time. The
-choice itself has no gradient. Blocks that are seen in any case have no score added.
-
-No engine takes a number for each pair of blocks. But the sum `scale * (q.k + mean(q).mean(k))` is
-one product of vectors twice as long, so chosen blocks are attended to with D more channels of
-queries and keys, and joined with the rest by their log-sum-exps. This is exact; it costs twice the
-work of plain attention over the chosen blocks, and copies of q, k and v of twice their size.
+choice itself has no gradient. Blocks that are seen in any case have no score added. All is one call
+of the op, in which each chosen block takes a number of `block_bias`.
 """
 
 from dataclasses import dataclass
@@ -21,11 +17,11 @@ from torch import Tensor
 
 from sparse_core.blocking import Blocks, cut, sequence_tokens
 from sparse_core.building import both_lists, build_layout
-from sparse_core.choosing import choose
+from sparse_core.choosing import choose, score_blocks
 from sparse_core.layout import BlockLayout, Lists, Part, register_pytree, with_parts
 from sparse_core.listing import with_chosen
 from sparse_core.masking import KEEP_ALL, encode
-from sparse_core.ops import Backend, Precision, merge_attention, sparse_attention
+from sparse_core.ops import Backend, Precision, sparse_attention
 from sparse_core.patterns import Causal, GlobalTokens, Pattern, Routed
 from sparse_core.patterns.joined import Beside, check_axes, take_apart
 from sparse_core.patterns.terms import UNBOUNDED, Interval, Tokens
@@ -35,20 +31,18 @@ from sparse_core.patterns.terms import UNBOUNDED, Interval, Tokens
 class RoutedLayout:
     """Blocks of tokens, what they see in any case, and what they may choose from.
 
-    Made by `build_routed_layout`, a pytree. `seen` holds the neighbours and global tokens, `empty`
-    the blocks without lists. `tokens` are those of each block, `exists` tells them from padding;
-    `asking` are the tokens whose queries a block chooses by. `slot` is where a token stands among
-    those of `tokens`. Block r chooses at most `num_chosen` of the blocks from `low[r]` up to, not
-    including, `high[r]`, and none of the `num_near` to each side. With `whole` the tokens of all
-    blocks, one after another, are those of the sequence.
+    Made by `build_routed_layout`, a pytree. `seen` holds the neighbours and global tokens, and, if
+    anything is to be chosen, a last part without entries. `tokens` are those of each block,
+    `exists` tells them from padding; `asking` are the tokens whose queries a block chooses by.
+    Block r chooses at most `num_chosen` of the blocks from `low[r]` up to, not including,
+    `high[r]`, and none of the `num_near` to each side. With `whole` the tokens of all blocks, one
+    after another, are those of the sequence.
     """
 
     seen: BlockLayout
-    empty: BlockLayout
     tokens: Int[Tensor, "R M"]
     exists: Bool[Tensor, "R M"]
     asking: Int[Tensor, "R M"]
-    slot: Int[Tensor, "T"]
     low: Int[Tensor, "R"]
     high: Int[Tensor, "R"]
     num_chosen: int
@@ -59,7 +53,7 @@ class RoutedLayout:
     @property
     def query_coords(self) -> Int[Tensor, "T P"]:
         """Coordinates of the tokens."""
-        return self.empty.query_coords
+        return self.seen.query_coords
 
     def to(self, device: torch.device | str) -> "RoutedLayout":
         """Copy to a device."""
@@ -104,9 +98,8 @@ def build_routed_layout(
     longest = int((high - low).max()) if len(blocks) else 0
     within, exists = blocks.tokens()
     order = within[exists]
-    slot = torch.zeros_like(segment)
-    slot[order] = torch.arange(exists.numel(), device=order.device).view_as(exists)[exists]
-    seen = _seen(routed.near, beside, tokens, blocks, (low, high), segments)
+    num_chosen = min(routed.top, max(longest - 1 - routed.near, 0))
+    seen = _seen(routed.near, beside, tokens, blocks, (low, high), segments, num_chosen)
     asking = within
     if beside.causal:  # queries up to the first of the block
         high = torch.minimum(high, number - routed.near)
@@ -114,14 +107,12 @@ def build_routed_layout(
         asking = order[(_first(blocks)[:, None] + back).clamp(min=0)]
     return RoutedLayout(
         seen=seen,
-        empty=_without_lists(seen, blocks),
         tokens=within,
         exists=exists,
         asking=asking,
-        slot=slot,
         low=low,
         high=high,
-        num_chosen=min(routed.top, max(longest - 1 - routed.near, 0)),
+        num_chosen=num_chosen,
         num_near=routed.near,
         whole=blocks.regular and blocks.num_tokens == len(blocks) * blocks.size,
         causal=beside.causal,
@@ -150,24 +141,23 @@ def routed_attention(
     sequence, none twice in a row and none that is near; the number of blocks stands for none.
 
     Exact, and differentiable in q, k, v and the scores at fixed choice, also through what is added
-    to the scores of chosen blocks. Engines see 2 D channels: on a GPU, D is at most 128.
+    to the scores of chosen blocks.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    found = sparse_attention(
-        q, k, v, routed.seen, scale=scale, backend=backend, precision=precision, return_lse=True
-    )
+    layout, gates = routed.seen, None
     if routed.num_chosen:
         about_q, about_k = describe_blocks(
             q, k, routed, query_scores=query_scores, key_scores=key_scores
         )
+        about_q = about_q * scale
         if chosen is None:
-            chosen = choose_blocks(about_q, about_k, routed, scale=scale)
-        further = _attend_to_chosen(
-            q, k, v, about_q, about_k, routed, chosen, scale, backend, precision
-        )
-        out, lse = (list(pair) for pair in zip(found, further, strict=True))
-        found = merge_attention(out, lse)
-    return found if return_lse else found[0]
+            chosen = choose_blocks(about_q, about_k, routed)
+        layout = with_chosen(routed.seen, chosen, chosen < routed.exists.shape[0])
+        gates = score_blocks(about_q.transpose(1, 2), about_k.transpose(1, 2), chosen).flatten(2)
+    return sparse_attention(
+        q, k, v, layout,
+        scale=scale, block_bias=gates, backend=backend, precision=precision, return_lse=return_lse,
+    )  # fmt: skip
 
 
 def describe_blocks(
@@ -196,8 +186,6 @@ def choose_blocks(
     about_q: Float[Tensor, "B R Hkv D"],
     about_k: Float[Tensor, "B R Hkv D"],
     routed: RoutedLayout,
-    *,
-    scale: float = 1.0,
 ) -> Int[Tensor, "B Hkv R K"]:
     """Find the blocks whose key has the largest product with a block's query; no gradient.
 
@@ -206,9 +194,7 @@ def choose_blocks(
     by chunk: memory is proportional to blocks, never to their pairs.
     """
     queries, keys = (x.detach().transpose(1, 2) for x in (about_q, about_k))
-    return choose(
-        queries * scale, keys, routed.low, routed.high, routed.num_near, routed.num_chosen
-    )
+    return choose(queries, keys, routed.low, routed.high, routed.num_near, routed.num_chosen)
 
 
 def _average(
@@ -221,8 +207,9 @@ def _average(
     dtype = torch.promote_types(x.dtype, torch.float32)
     blocks = _gather(x, tokens, exists)
     if scores is None:
-        if tokens is not None:
-            blocks = torch.where(exists[:, :, None, None], blocks, 0)
+        if tokens is None:
+            return blocks.sum(2, dtype=dtype) / blocks.shape[2]
+        blocks = torch.where(exists[:, :, None, None], blocks, 0)
         return blocks.sum(2, dtype=dtype) / exists.sum(1)[:, None, None].to(dtype)
     logits = _gather(scores, tokens, exists).to(dtype)
     share = logits.masked_fill(~exists[:, :, None], -torch.inf).softmax(2)
@@ -236,41 +223,6 @@ def _gather(
     return taken.unflatten(1, exists.shape)
 
 
-def _attend_to_chosen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    about_q: Float[Tensor, "B R Hkv D"],
-    about_k: Float[Tensor, "B R Hkv D"],
-    routed: RoutedLayout,
-    chosen: Int[Tensor, "B Hkv R K"],
-    scale: float,
-    backend: Backend,
-    precision: Precision,
-) -> tuple[Tensor, Tensor]:
-    """Attend to chosen blocks, with the products of the blocks' vectors as further channels."""
-    num_blocks = routed.exists.shape[0]
-    layout = with_chosen(routed.empty, chosen, chosen < num_blocks)
-    shared = q.shape[2] // k.shape[2]
-    for_queries = _spread(about_q, routed).to(q.dtype)[:, :, :, None]
-    for_queries = for_queries.expand(-1, -1, -1, shared, -1).flatten(2, 3)
-    out, lse = sparse_attention(
-        torch.cat([q, for_queries], 3),
-        torch.cat([k, _spread(about_k, routed).to(k.dtype)], 3),
-        torch.nn.functional.pad(v, (0, v.shape[3])),
-        layout,
-        scale=scale, backend=backend, precision=precision, return_lse=True,
-    )  # fmt: skip
-    return out[..., : v.shape[3]], lse
-
-
-def _spread(about: Float[Tensor, "B R Hkv D"], routed: RoutedLayout) -> Float[Tensor, "B T Hkv D"]:
-    """Give each token its block's vector; global tokens, which no one chooses, any."""
-    size = routed.exists.shape[1]
-    wide = about[:, :, None].expand(-1, -1, size, -1, -1).flatten(1, 2)
-    return wide if routed.whole else wide.index_select(1, routed.slot)
-
-
 def _check_order(tokens: Tokens, segment: Int[Tensor, "T"]) -> None:
     coords = tokens.coords[:, 0]
     if bool(((coords[1:] < coords[:-1]) & (segment[1:] == segment[:-1])).any()):
@@ -282,16 +234,6 @@ def _first(blocks: Blocks) -> Int[Tensor, "R"]:
     return blocks.count.long().cumsum(0) - blocks.count
 
 
-def _without_lists(seen: BlockLayout, blocks: Blocks) -> BlockLayout:
-    """Make the layout that choices are filled into."""
-    zeros = torch.zeros(1, len(blocks) + 1, dtype=torch.int32, device=seen.device)
-    none = torch.empty(0, dtype=torch.int32, device=seen.device)
-    lists = Lists(zeros, zeros[:, 1:], none, none)
-    bits = torch.empty(0, 0, 0, dtype=torch.uint8, device=seen.device)
-    part = Part(blocks, blocks, lists, lists, bits, KEEP_ALL)
-    return with_parts(seen, (part,), pattern="chosen blocks")
-
-
 def _seen(
     near: int,
     beside: Beside,
@@ -299,8 +241,12 @@ def _seen(
     blocks: Blocks,
     ends: tuple[Int[Tensor, "R"], Int[Tensor, "R"]],
     segments: Int[Tensor, "S"] | list[int] | None,
+    num_chosen: int,
 ) -> BlockLayout:
-    """Lay out what is seen in any case: global tokens, and blocks at most `near` blocks away."""
+    """Lay out what is seen in any case: global tokens, and blocks at most `near` blocks away.
+
+    Then comes an empty part for `num_chosen` blocks of each.
+    """
     members = beside.members
     pattern: Pattern = GlobalTokens(members.first, members.positions)
     if beside.causal:
@@ -318,4 +264,10 @@ def _seen(
     none = torch.empty(0, dtype=torch.int32, device=row.device)
     rows, columns = both_lists((row, column, full, none), blocks, blocks)
     bits = torch.empty(0, 0, 0, dtype=torch.uint8, device=row.device)
-    return with_parts(layout, (*layout.parts, Part(blocks, blocks, rows, columns, bits, program)))
+    parts = [*layout.parts, Part(blocks, blocks, rows, columns, bits, program)]
+    if num_chosen:
+        ptr = torch.zeros(1, len(blocks) + 1, dtype=torch.int32, device=row.device)
+        empty = Lists(ptr, ptr[:, 1:], none, none, none)
+        num_biases = num_chosen * len(blocks)
+        parts.append(Part(blocks, blocks, empty, empty, bits, KEEP_ALL, num_biases))
+    return with_parts(layout, tuple(parts))

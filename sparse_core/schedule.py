@@ -40,13 +40,15 @@ class Launch:
     `items` are (block, first, last, slot): list entries `first` to `last - 1` of a block, counted
     through the lists of all its parts. A piece of a split block goes to its slot; that of a whole
     block is WHOLE or UNTOUCHED. `splits` are (block, first slot, number of pieces). Where groups
-    differ in number, the rest is filled with block -1.
+    differ in number, the rest is filled with block -1; where all share the lists, G is 1.
 
     `ranges` says what items say part by part, so that a kernel need not read one number to find the
     next: where in the part's list an item begins, up to where entries need a mask, where it ends,
     and the blocks at the first and the second of these. The first of `part_numbers` has all blocks
     that the launch works through. `affine` says of each part whether full blocks of any list follow
     one another in memory.
+
+    `places` say where each part's blocks are among the first's; empty if they are the same.
     """
 
     items: Int[Tensor, "G I 4"]
@@ -55,6 +57,7 @@ class Launch:
     part_numbers: tuple[int, ...]
     affine: tuple[bool, ...]
     num_slots: int
+    places: tuple[Int[Tensor, "R"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def make_schedule(
         launches = _launches(by_queries, [num_queries] * len(by_queries))
         queries = _agenda(by_queries, launches, num_queries)
         mirrored = [
-            replace(launch, part_numbers=tuple(family.numbers))
+            replace(launch, part_numbers=tuple(family.numbers), places=family.places_given())
             for launch, family in zip(queries.launches, by_keys, strict=True)
         ]
         keys = replace(queries, launches=tuple(mirrored))
@@ -189,6 +192,10 @@ class Family:
             (*self.places, places),
         )
 
+    def places_given(self) -> tuple[Int[Tensor, "R"], ...]:
+        """Write places as tensors, empty where blocks are the same."""
+        return tuple(self.blocks.start[:0] if x is None else x for x in self.places)
+
 
 def _families(parts: tuple["Part", ...], side: Side) -> list[Family]:
     """Put parts together, those that reach most tokens first, then those of most blocks."""
@@ -246,7 +253,7 @@ def _agenda(families: list[Family], launches: list[Launch], num_tokens: int) -> 
     state_of, num_states = _state_places(early, num_tokens)
     fresh = bool(early) and early[0].num_tokens == num_states
     if complete and state_of.numel():  # earlier blocks have nothing but tokens in the state
-        last = _mark_untouched(launches[-1], families[-1].blocks, state_of)
+        last = mark_untouched(launches[-1], families[-1].blocks, state_of)
         launches = [*launches[:-1], last]
     return Agenda(tuple(launches), state_of, num_states, complete, fresh)
 
@@ -336,6 +343,7 @@ def _launches(families: list[Family], num_tokens: list[int]) -> list[Launch]:
                 part_numbers=family.numbers,
                 affine=tuple(not any(torn[first:end]) for torn in cut.num_torn[:num_parts]),
                 num_slots=max(cut.num_slots[first:end]),
+                places=family.places_given(),
             )
         )
     return launches
@@ -476,7 +484,7 @@ def split_copies(values: Int[Tensor, "..."], sizes: list[int], dim: int) -> list
     return pieces
 
 
-def _mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) -> Launch:
+def mark_untouched(launch: Launch, blocks: Blocks, state_of: Int[Tensor, "T"]) -> Launch:
     """Say which whole blocks have no token with a place in the state."""
     tokens, _ = blocks.tokens()  # what does not exist repeats the first
     touched = (state_of[tokens] >= 0).any(1)[launch.items[..., 0].long()]

@@ -215,7 +215,7 @@ def _time(trial: Trial) -> float:
     scale = trial.head_dim**-0.5
     forward = partial(
         engine.forward, q, k, v, layout,
-        scale=scale, key_bias=None, alibi_slopes=None, precision=precision,
+        scale=scale, key_bias=None, alibi_slopes=None, block_bias=None, precision=precision,
     )  # fmt: skip
     with _forcing(trial):
         if trial.kernel == "forward":
@@ -223,8 +223,8 @@ def _time(trial: Trial) -> float:
         out, lse = forward()
         call = engine.Backward(
             q=q, k=k, v=v, grad_out=grad, out=out, lse=lse, grad_lse=None, key_bias=None,
-            alibi_slopes=None, row_terms=lse.new_zeros((*lse.shape, 2)), layout=layout, scale=scale,
-            precision=precision,
+            alibi_slopes=None, block_bias=None, row_terms=lse.new_zeros((*lse.shape, 2)),
+            layout=layout, scale=scale, precision=precision,
         )  # fmt: skip
         return _median(call.by_queries if trial.kernel == "query" else call.by_keys)
 

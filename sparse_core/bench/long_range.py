@@ -97,8 +97,8 @@ def measure(name: str, tokens: int, device: torch.device) -> Row:
             def choose() -> object:
                 with torch.no_grad():
                     about = describe_blocks(q, k, routed)
-                    chosen = choose_blocks(*about, routed, scale=HEAD_DIM**-0.5)
-                    return with_chosen(routed.empty, chosen, chosen < len(routed.tokens))
+                    chosen = choose_blocks(*about, routed)
+                    return with_chosen(routed.seen, chosen, chosen < len(routed.tokens))
 
             return Row(name, tokens, median_ms(choose, device), 0.0, _peak(choose, device))
         return _time(name, tokens, _attend(name, tokens, device), (q, k, v), grad_out)

@@ -42,6 +42,7 @@ class Other(NamedTuple):
     full: Tensor
     indices: Tensor
     tile: Tensor
+    bias: Tensor | None
     start: Tensor
     counts: Tensor
     order: Tensor
@@ -71,6 +72,8 @@ class Meta(NamedTuple):
     regular: bool
     affine: bool
     bits: bool
+    biased: bool
+    takes_key_bias: bool
     num_own: int
     clauses: Clauses
 
@@ -96,7 +99,7 @@ def other_side(
     others, numbers, metas = [], [], []
     for number, affine in zip(launch.part_numbers, launch.affine, strict=True):
         part = layout.parts[number]
-        others.append(_other(layout, part, side))
+        others.append(other_tensors(layout, part, side))
         natural = _is_natural(layout, part.program)
         blocks = part.keys if side == "queries" else part.queries
         relative = natural and not blocks.order.numel() and _is_relative(layout, part.program)
@@ -113,8 +116,10 @@ def other_side(
                 natural=natural,
                 relative=relative,
                 regular=blocks.regular,
-                affine=affine,
+                affine=affine and not part.num_biases,
                 bits=not part.program,
+                biased=part.num_biases > 0,
+                takes_key_bias=part.takes_key_bias,
                 num_own=part.program[0] if part.program else 0,
                 clauses=clauses,
             )
@@ -193,12 +198,13 @@ def tile_of(size: int, wanted: int) -> int:
     return max(MIN_TILE, min(wanted, int(triton.next_power_of_2(size))))
 
 
-def _other(layout: BlockLayout, part: Part, side: Side) -> Other:
+def other_tensors(layout: BlockLayout, part: Part, side: Side) -> Other:
+    """Describe a part's lists and the blocks of the other side that they name."""
     lists: Lists = part.rows if side == "queries" else part.columns
     blocks = part.keys if side == "queries" else part.queries
     return Other(
-        lists.ptr, lists.full, lists.index, lists.tile, blocks.start, blocks.count, blocks.order,
-        part.tiles, _barring(layout, part, side), blocks.size, blocks.stride,
+        lists.ptr, lists.full, lists.index, lists.tile, lists.bias, blocks.start, blocks.count,
+        blocks.order, part.tiles, _barring(layout, part, side), blocks.size, blocks.stride,
         part.tiles.shape[1], part.tiles.shape[2],
     )  # fmt: skip
 

@@ -14,12 +14,14 @@ from sparse_core.kernels.tiles import (
     LOG2_E,
     MASKED_STAGES,
     affine,
+    biased,
     distance,
     guarded,
     keep_pairs,
     load_coords,
     load_rows,
     load_tile,
+    next_bias,
     next_block,
     num_tiles,
     other_axes,
@@ -28,7 +30,10 @@ from sparse_core.kernels.tiles import (
     own_tokens,
     part_range,
     ragged,
+    spread_bias,
+    store_bias_grad,
     store_rows,
+    takes_key_bias,
 )
 
 
@@ -51,6 +56,8 @@ def query_steps(
     kv_head,
     key_bias,
     slope,
+    block_bias,
+    grad_bias,
     part,
     num_others,
     numbers,
@@ -77,10 +84,15 @@ def query_steps(
     PRECISION: tl.constexpr,
 ):
     """Add what the list entries first to last - 1 of one part give to dQ."""
+    KEY_BIASED: tl.constexpr = key_bias is not None and takes_key_bias(META, S)
+    BIASED: tl.constexpr = block_bias is not None and biased(META, S)
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
     STAGES: tl.constexpr = MASKED_STAGES if MASKED else None
     count = num_tiles(part, META, S, first, last, AFFINE, BLOCK)
+    if BIASED:
+        by_entry = tl.full((), 0.0, tl.float32)
+        ahead, next_place = next_bias(block_bias, part, META, S, first, last, 0, BLOCK)
     for tile in tl.range(0, count, num_stages=STAGES):
         origin, rows, lanes, exists, end, entry, inner = other_tokens(
             part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
@@ -88,6 +100,9 @@ def query_steps(
         here = block
         if not AFFINE:
             block = next_block(part, META, S, first, last, tile + 1, BLOCK)
+        if BIASED:
+            added, place = spread_bias(ahead, META, S), next_place
+            ahead, next_place = next_bias(block_bias, part, META, S, first, last, tile + 1, BLOCK)
         tokens = origin + rows
         k1 = load_tile(
             k, k_box, sample, kv_head, origin, rows, stride_k, exists, D, 0, D1,
@@ -112,17 +127,20 @@ def query_steps(
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
             slopes = tl.dot(do2, tl.trans(v2), slopes, input_precision=PRECISION)
         scale = scale_log2
-        if key_bias is not None or slope is not None:
+        if KEY_BIASED or slope is not None:
             scores = scores * scale_log2
             scale = 1.0
         my_coords = own_axes(own_coords, my_tokens, origin, META, S)
         other_coords = other_axes(key_coords, tokens, lanes, exists, META, S, P)
-        if key_bias is not None:
+        if KEY_BIASED:
             bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
             scores += (bias * LOG2_E)[None, :]
         if slope is not None:
             scores -= (slope * LOG2_E) * distance(my_coords, other_coords, P)
-        weights = tl.math.exp2(scores * scale - row_shift[:, None])
+        shift = row_shift[:, None]
+        if BIASED:
+            shift -= added
+        weights = tl.math.exp2(scores * scale - shift)
         if MASKED:
             weights = keep_pairs(
                 weights, part, numbers, META, S, my_coords, other_coords, own_flags,
@@ -133,6 +151,10 @@ def query_steps(
         slopes = weights * (slopes - delta[:, None])
         if slope is not None:
             by_distance += tl.sum(slopes * distance(my_coords, other_coords, P), 1)
+        if BIASED:
+            by_entry = store_bias_grad(
+                grad_bias, by_entry, slopes, part, META, S, first, last, tile, place, BLOCK
+            )
         slopes = slopes.to(k1.dtype)
         dq1 = tl.dot(slopes, k1, dq1, input_precision=PRECISION)
         if D2 > 0:
@@ -143,7 +165,7 @@ def query_steps(
 @triton.jit(
     do_not_specialize=[
         "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "own_tiles",
-        "shared",
+        "num_biases", "shared",
     ]
 )  # fmt: skip
 def query_kernel(
@@ -159,8 +181,10 @@ def query_kernel(
     row_terms,
     key_bias,
     slopes,
+    block_bias,
     grad_q,
     grad_slopes,
+    grad_block_bias,
     state,
     state_of,
     partial,
@@ -182,6 +206,7 @@ def query_kernel(
     num_states,
     num_slots,
     own_tiles,
+    num_biases,
     shared,
     stride_qb: tl.int64,
     stride_kb: tl.int64,
@@ -210,7 +235,7 @@ def query_kernel(
     ALIKE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dQ of one tile of queries over one work item, and its share of the slopes'."""
+    """Compute dQ of one tile of queries over one work item, and its share of the biases'."""
     if ALIKE:
         stride_vt = stride_kt
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -237,6 +262,9 @@ def query_kernel(
     out += (sample * num_queries * num_heads + head) * D
     if key_bias is not None:
         key_bias += sample * num_keys
+    if block_bias is not None:
+        block_bias += (sample * (num_heads // shared) + kv_head) * num_biases
+        grad_block_bias += (line * own_tiles + tile) * num_biases
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32)
@@ -275,15 +303,15 @@ def query_kernel(
         begin, middle, end, partial_block, full_block = part_range(ranges, item, s, NUM_PARTS)
         dq1, dq2, by_distance = query_steps(
             dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, k_box, v_box,
-            sample, kv_head, key_bias, slope, parts[s], num_keys, numbers[s],
-            key_coords, key_flags, tokens, own_coords, own_flags, own_inner,
+            sample, kv_head, key_bias, slope, block_bias, grad_block_bias, parts[s], num_keys,
+            numbers[s], key_coords, key_flags, tokens, own_coords, own_flags, own_inner,
             begin, middle, partial_block, stride_kt, stride_vt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
         dq1, dq2, by_distance = query_steps(
             dq1, dq2, by_distance, q1, q2, do1, do2, row_shift, row_delta, k, v, k_box, v_box,
-            sample, kv_head, key_bias, slope, parts[s], num_keys, numbers[s],
-            key_coords, key_flags, tokens, own_coords, own_flags, own_inner,
+            sample, kv_head, key_bias, slope, block_bias, grad_block_bias, parts[s], num_keys,
+            numbers[s], key_coords, key_flags, tokens, own_coords, own_flags, own_inner,
             middle, end, full_block, stride_kt, stride_vt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
@@ -332,6 +360,7 @@ def key_steps(
     head,
     row_terms,
     slope,
+    block_bias,
     part,
     num_others,
     numbers,
@@ -358,11 +387,15 @@ def key_steps(
     PRECISION: tl.constexpr,
 ):
     """Add what the list entries first to last - 1 of one part give to dK and dV."""
+    KEY_BIASED: tl.constexpr = own_bias is not None and takes_key_bias(META, S)
+    BIASED: tl.constexpr = block_bias is not None and biased(META, S)
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
     GUARD: tl.constexpr = CHECK and guarded(META, S)
     STAGES: tl.constexpr = MASKED_STAGES if MASKED else None
     count = num_tiles(part, META, S, first, last, AFFINE, BLOCK)
+    if BIASED:
+        ahead, _ = next_bias(block_bias, part, META, S, first, last, 0, BLOCK)
     for tile in tl.range(0, count, num_stages=STAGES):
         origin, rows, lanes, exists, end, entry, inner = other_tokens(
             part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
@@ -370,6 +403,9 @@ def key_steps(
         here = block
         if not AFFINE:
             block = next_block(part, META, S, first, last, tile + 1, BLOCK)
+        if BIASED:
+            added = ahead
+            ahead, _ = next_bias(block_bias, part, META, S, first, last, tile + 1, BLOCK)
         tokens = origin + rows
         q1 = load_tile(
             q, q_box, sample, head, origin, rows, stride_q, exists, D, 0, D1,
@@ -394,12 +430,12 @@ def key_steps(
             scores = tl.dot(k2, tl.trans(q2), scores, input_precision=PRECISION)
             slopes = tl.dot(v2, tl.trans(do2), slopes, input_precision=PRECISION)
         scale = scale_log2
-        if own_bias is not None or slope is not None:
+        if KEY_BIASED or slope is not None:
             scores = scores * scale_log2
             scale = 1.0
         my_coords = own_axes(own_coords, my_tokens, origin, META, S)
         other_coords = other_axes(query_coords, tokens, lanes, exists, META, S, P)
-        if own_bias is not None:
+        if KEY_BIASED:
             scores += own_bias[:, None]
         if slope is not None:
             scores -= (slope * LOG2_E) * distance(my_coords, other_coords, P)
@@ -410,6 +446,8 @@ def key_steps(
             row_shift, row_delta = tl.split(tl.load(pairs))
         if CHECK and not MASKED:
             row_shift = tl.where(exists, row_shift, float("inf"))
+        if BIASED:
+            row_shift -= added
         weights = tl.math.exp2(scores * scale - row_shift[None, :])
         if MASKED:
             weights = keep_pairs(
@@ -417,7 +455,7 @@ def key_steps(
                 query_flags + tokens, own_inner, here, exists, end, entry, inner, False, 0.0,
             )  # fmt: skip
         slopes = weights * (slopes - row_delta[None, :])
-        if own_bias is not None:
+        if KEY_BIASED:
             dbias += tl.sum(slopes, 1)
         weights, slopes = weights.to(do1.dtype), slopes.to(q1.dtype)
         dv1 = tl.dot(weights, do1, dv1, input_precision=PRECISION)
@@ -431,7 +469,7 @@ def key_steps(
 @triton.jit(
     do_not_specialize=[
         "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "own_tiles",
-        "shared",
+        "num_biases", "shared",
     ]
 )  # fmt: skip
 def key_kernel(
@@ -444,6 +482,7 @@ def key_kernel(
     row_terms,
     key_bias,
     slopes,
+    block_bias,
     grad_k,
     grad_v,
     grad_bias,
@@ -472,6 +511,7 @@ def key_kernel(
     num_states,
     num_slots,
     own_tiles,
+    num_biases,
     shared,
     stride_qb: tl.int64,
     stride_kb: tl.int64,
@@ -530,6 +570,8 @@ def key_kernel(
     if key_bias is not None:
         own_bias = tl.load(key_bias + sample * num_keys + tokens, mask=exists, other=0.0)
         own_bias = own_bias.to(tl.float32) * LOG2_E
+    if block_bias is not None:
+        block_bias += (sample * (num_heads // shared) + kv_head) * num_biases
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32)
@@ -556,19 +598,17 @@ def key_kernel(
         begin, middle, end, partial_block, full_block = part_range(ranges, item, s, NUM_PARTS)
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            q_box, grad_box, sample, head, row_terms + line * num_queries * 2, slope, parts[s],
-            num_queries, numbers[s],
-            query_coords, query_flags, tokens, own_coords, own_flags,
-            own_inner, begin, middle, partial_block,
+            q_box, grad_box, sample, head, row_terms + line * num_queries * 2, slope, block_bias,
+            parts[s], num_queries, numbers[s], query_coords, query_flags, tokens, own_coords,
+            own_flags, own_inner, begin, middle, partial_block,
             stride_qt, stride_gt, scale_log2,
             META, s, True, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
         dk1, dk2, dv1, dv2, dbias = key_steps(
             dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, own_bias, q, grad_out,
-            q_box, grad_box, sample, head, row_terms + line * num_queries * 2, slope, parts[s],
-            num_queries, numbers[s],
-            query_coords, query_flags, tokens, own_coords, own_flags,
-            own_inner, middle, end, full_block,
+            q_box, grad_box, sample, head, row_terms + line * num_queries * 2, slope, block_bias,
+            parts[s], num_queries, numbers[s], query_coords, query_flags, tokens, own_coords,
+            own_flags, own_inner, middle, end, full_block,
             stride_qt, stride_gt, scale_log2,
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip

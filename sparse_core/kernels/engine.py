@@ -28,10 +28,12 @@ def forward(
     scale: float,
     key_bias: Float[Tensor, "B Tk"] | None,
     alibi_slopes: Float[Tensor, "H"] | None,
+    block_bias: Float[Tensor, "B Hkv N"] | None,
     precision: str,
 ) -> tuple[Float[Tensor, "B Tq H D"], Float[Tensor, "B H Tq"]]:
     """Compute output and log-sum-exp."""
     q, k, v = _with_channels_inside(q, k, v)
+    block_bias = _contiguous(block_bias)
     if scale <= 0:  # the kernel takes the maximum before it multiplies
         q, scale = -q, max(-scale, 1e-30)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -42,9 +44,10 @@ def forward(
     for step in ready:
         pieces = _Scratch.empty(q, step.num_slots * step.own.size)
         forward_kernel[step.grid(q)](
-            q, k, v, *step.boxes(k, v), _contiguous(key_bias), _contiguous(alibi_slopes), out, lse,
-            state.rows, state.vector, step.state_of, pieces.rows, pieces.vector,
-            *step.description, scale * LOG2_E, *step.sizes, *_strides(q, k, v), **step.constants,
+            q, k, v, *step.boxes(k, v), _contiguous(key_bias), _contiguous(alibi_slopes),
+            step.biases(block_bias), out, lse, state.rows, state.vector, step.state_of,
+            pieces.rows, pieces.vector, *step.description, scale * LOG2_E, *step.sizes,
+            *_strides(q, k, v), **step.constants,
         )  # fmt: skip
         _combine(step, pieces, state, out, lse, weighted=True)
     if not agenda.complete:
@@ -65,6 +68,7 @@ def backward(
     scale: float,
     key_bias: Float[Tensor, "B Tk"] | None,
     alibi_slopes: Float[Tensor, "H"] | None,
+    block_bias: Float[Tensor, "B Hkv N"] | None,
     precision: str,
 ) -> Gradients:
     """Compute all gradients."""
@@ -79,12 +83,13 @@ def backward(
         grad_lse=None if grad_lse is None else grad_lse.float().contiguous(),
         key_bias=_contiguous(key_bias),
         alibi_slopes=_contiguous(alibi_slopes),
+        block_bias=_contiguous(block_bias),
         row_terms=_numbers(q, 2 * q.shape[1]),
         layout=layout,
         scale=scale,
         precision=precision,
     )
-    grad_q, grad_slopes = call.by_queries()
+    grad_q, grad_slopes, grad_blocks = call.by_queries()
     grad_k, grad_v, grad_bias = call.by_keys()
     return Gradients(
         grad_q,
@@ -92,6 +97,7 @@ def backward(
         grad_v,
         None if key_bias is None or grad_bias is None else grad_bias.to(key_bias.dtype),
         None if alibi_slopes is None or grad_slopes is None else grad_slopes.to(alibi_slopes.dtype),
+        None if block_bias is None or grad_blocks is None else grad_blocks.to(block_bias.dtype),
     )
 
 
@@ -108,16 +114,18 @@ class Backward:
     grad_lse: Tensor | None
     key_bias: Tensor | None
     alibi_slopes: Tensor | None
+    block_bias: Tensor | None
     row_terms: Tensor
     layout: BlockLayout
     scale: float
     precision: str
 
-    def by_queries(self) -> tuple[Tensor, Tensor | None]:
-        """Compute dQ and the gradient of the slopes; leave the row terms."""
+    def by_queries(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute dQ and the gradients of the slopes and block biases; leave the row terms."""
         q, agenda = self.q, self.layout.schedule.queries
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         grad_slopes = None if self.alibi_slopes is None else q.new_zeros(q.shape[2]).float()
+        grad_blocks = None
         state = _state(q, agenda, 0.0)
         ready = steps(
             "query", self.layout, q, self.k,
@@ -128,19 +136,26 @@ class Backward:
             shares = None
             if grad_slopes is not None:
                 shares = _numbers(q, step.num_programs).zero_()
+            block_bias, entries = step.biases(self.block_bias), None
+            if block_bias is not None:  # a place for each tile of queries: none is written twice
+                entries = _numbers(q, step.own_tiles * block_bias.shape[2]).zero_()
             query_kernel[step.grid(q)](
                 q, self.k, self.v, *step.boxes(self.k, self.v), self.out, self.grad_out, self.lse,
-                self.grad_lse, self.row_terms, self.key_bias, self.alibi_slopes, grad_q, shares,
-                state.rows, step.state_of, pieces.rows, *step.description,
+                self.grad_lse, self.row_terms, self.key_bias, self.alibi_slopes, block_bias, grad_q,
+                shares, entries, state.rows, step.state_of, pieces.rows, *step.description,
                 self.scale, self.scale * LOG2_E, *step.sizes,
                 *_strides(q, self.k, self.v, self.grad_out), **step.constants,
             )  # fmt: skip
             _combine(step, pieces, state, grad_q, None, weighted=False)
             if grad_slopes is not None and shares is not None:
                 grad_slopes += shares.sum((0, 2))
+            if block_bias is not None and entries is not None:
+                shape = (*block_bias.shape[:2], -1, block_bias.shape[2])
+                found = entries.view(shape).sum(2)
+                grad_blocks = found if grad_blocks is None else grad_blocks + found
         if not agenda.complete:
             grad_q = _spread_out(state, agenda, grad_q)
-        return grad_q, grad_slopes
+        return grad_q, grad_slopes, grad_blocks
 
     def by_keys(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute dK, dV and the gradient of the key bias."""
@@ -162,9 +177,10 @@ class Backward:
             pieces_k, pieces_v = _Scratch.empty(q, room), _Scratch.empty(q, room)
             key_kernel[step.grid(q)](
                 q, k, self.v, self.grad_out, *step.boxes(q, self.grad_out), self.row_terms,
-                self.key_bias, self.alibi_slopes, grad_k, grad_v, bias, state_k.rows, state_v.rows,
-                state_k.vector, step.state_of, pieces_k.rows, pieces_v.rows, pieces_k.vector,
-                *step.description, self.scale, self.scale * LOG2_E, *step.sizes,
+                self.key_bias, self.alibi_slopes, step.biases(self.block_bias), grad_k, grad_v,
+                bias, state_k.rows, state_v.rows, state_k.vector, step.state_of,
+                pieces_k.rows, pieces_v.rows, pieces_k.vector, *step.description,
+                self.scale, self.scale * LOG2_E, *step.sizes,
                 *_strides(q, k, self.v, self.grad_out), **step.constants,
             )  # fmt: skip
             _combine(step, pieces_k, state_k, grad_k, bias, weighted=False)

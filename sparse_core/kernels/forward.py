@@ -15,11 +15,14 @@ from sparse_core.kernels.tiles import (
     LOG2_E,
     MASKED_STAGES,
     affine,
+    any_takes_no_key_bias,
+    biased,
     distance,
     keep_pairs,
     load_coords,
     load_rows,
     load_tile,
+    next_bias,
     next_block,
     num_tiles,
     only_intervals,
@@ -29,7 +32,9 @@ from sparse_core.kernels.tiles import (
     own_tokens,
     part_range,
     ragged,
+    spread_bias,
     store_rows,
+    takes_key_bias,
 )
 
 
@@ -65,6 +70,7 @@ def attend(
     kv_head,
     key_bias,
     slope,
+    block_bias,
     part,
     num_others,
     numbers,
@@ -95,10 +101,14 @@ def attend(
 
     `STEADY` leaves the maxima as they are; `total` then is [M, 4], parts of each row's sum.
     """
+    KEY_BIASED: tl.constexpr = key_bias is not None and takes_key_bias(META, S)
+    BIASED: tl.constexpr = block_bias is not None and biased(META, S)
     AFFINE: tl.constexpr = affine(META, S) and not MASKED
     CHECK: tl.constexpr = MASKED or ragged(META, S)
     STAGES: tl.constexpr = MASKED_STAGES if MASKED else None
     count = num_tiles(part, META, S, first, last, AFFINE, BLOCK)
+    if BIASED:
+        ahead, _ = next_bias(block_bias, part, META, S, first, last, 0, BLOCK)
     for tile in tl.range(0, count, num_stages=STAGES):
         origin, rows, lanes, exists, end, entry, inner = other_tokens(
             part, num_others, META, S, first, last, block, tile, AFFINE, CHECK, BLOCK
@@ -106,6 +116,9 @@ def attend(
         here = block
         if not AFFINE:
             block = next_block(part, META, S, first, last, tile + 1, BLOCK)
+        if BIASED:
+            added = spread_bias(ahead, META, S)
+            ahead, _ = next_bias(block_bias, part, META, S, first, last, tile + 1, BLOCK)
         tokens = origin + rows
         k1 = load_tile(
             k, k_box, sample, kv_head, origin, rows, stride_k, exists, D, 0, D1,
@@ -119,14 +132,16 @@ def attend(
             )  # fmt: skip
             scores = tl.dot(q2, tl.trans(k2), scores, input_precision=PRECISION)
         scale = scale_log2
-        if key_bias is not None or slope is not None:
+        if KEY_BIASED or slope is not None or (BIASED and not STEADY):
             scores = scores * scale_log2
             scale = 1.0
         my_coords = own_axes(own_coords, my_tokens, origin, META, S)
         other_coords = other_axes(key_coords, tokens, lanes, exists, META, S, P)
-        if key_bias is not None:
+        if KEY_BIASED:
             bias = tl.load(key_bias + tokens, mask=exists, other=0.0).to(tl.float32)
             scores += (bias * LOG2_E)[None, :]
+        if BIASED and not STEADY:
+            scores += added
         if slope is not None:
             scores -= (slope * LOG2_E) * distance(my_coords, other_coords, P)
         if MASKED:
@@ -137,13 +152,16 @@ def attend(
         elif CHECK:
             scores = tl.where(exists[None, :], scores, -float("inf"))
         if STEADY:
-            weights = tl.math.exp2(scores * scale - largest[:, None])
+            shift = largest[:, None]
+            if BIASED:
+                shift -= added
+            weights = tl.math.exp2(scores * scale - shift)
             # columns of a product lie two by two in four threads: each adds up its own
             shares = tl.reshape(weights, (weights.shape[0], BLOCK // 8, 4, 2))
             total += tl.sum(tl.sum(shares, 3), 1)
         else:
             weights, largest, total, share = softmax_step(
-                scores, scale, largest, total, CHECK or key_bias is not None
+                scores, scale, largest, total, CHECK or KEY_BIASED or BIASED
             )
             acc1 = acc1 * share[:, None]
             if D2 > 0:
@@ -179,7 +197,7 @@ ENDLESS = tl.constexpr(float("inf"))
 @triton.jit(
     do_not_specialize=[
         "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "own_tiles",
-        "shared",
+        "num_biases", "shared",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -190,6 +208,7 @@ def forward_kernel(
     v_box,
     key_bias,
     slopes,
+    block_bias,
     out,
     lse,
     state,
@@ -214,6 +233,7 @@ def forward_kernel(
     num_states,
     num_slots,
     own_tiles,
+    num_biases,
     shared,
     stride_qb: tl.int64,
     stride_kb: tl.int64,
@@ -267,6 +287,8 @@ def forward_kernel(
     v += sample * stride_vb + kv_head.to(tl.int64) * stride_vh
     if key_bias is not None:
         key_bias += sample * num_keys
+    if block_bias is not None:
+        block_bias += (sample * (num_heads // shared) + kv_head) * num_biases
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head).to(tl.float32)
@@ -283,9 +305,9 @@ def forward_kernel(
     own_coords = load_coords(query_coords, tokens, exists, P)
     own_flags = tl.load(query_flags + tokens, mask=exists, other=0)
     HALF: tl.constexpr = q.dtype.element_ty.primitive_bitwidth == 16
-    BIASED: tl.constexpr = key_bias is not None or slopes is not None
+    UNBIASED: tl.constexpr = key_bias is None or any_takes_no_key_bias(META)
     # windows of several axes have few full blocks
-    STEADY: tl.constexpr = HALF and not BIASED and only_intervals(META, 0) <= 1
+    STEADY: tl.constexpr = HALF and UNBIASED and slopes is None and only_intervals(META, 0) <= 1
     acc1 = tl.zeros((BLOCK_OWN, D1), tl.float32)
     acc2 = acc1
     if D2 > 0:
@@ -310,7 +332,7 @@ def forward_kernel(
             begin, middle, end, partial_block, full_block = part_range(ranges, item, s, NUM_PARTS)
             acc1, acc2, largest, total = attend(
                 acc1, acc2, largest, total, q1, q2, k, v, k_box, v_box, sample,
-                kv_head, key_bias, slope, parts[s],
+                kv_head, key_bias, slope, block_bias, parts[s],
                 num_keys, numbers[s],
                 key_coords, key_flags, tokens, own_coords, own_flags,
                 own_inner, begin, middle, partial_block,
@@ -318,25 +340,25 @@ def forward_kernel(
                 META, s, True, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
             )  # fmt: skip
             first = end
-            if STEADY:
+            if STEADY and (key_bias is None or not takes_key_bias(META, s)):
                 # rows that met no key yet take one block to find their shift
                 lacking = (tl.min(largest) == -float("inf")).to(tl.int32)
                 first = tl.minimum(middle + lacking + attempt * (end - middle), end)
             acc1, acc2, largest, total = attend(
                 acc1, acc2, largest, total, q1, q2, k, v, k_box, v_box, sample,
-                kv_head, key_bias, slope, parts[s],
+                kv_head, key_bias, slope, block_bias, parts[s],
                 num_keys, numbers[s],
                 key_coords, key_flags, tokens, own_coords, own_flags,
                 own_inner, middle, first, full_block,
                 stride_kt, stride_vt, scale_log2,
                 META, s, False, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
             )  # fmt: skip
-            if STEADY:
+            if STEADY and (key_bias is None or not takes_key_bias(META, s)):
                 sums = tl.zeros((BLOCK_OWN, 4), tl.float32)
                 full_block = tl.load(parts[s].indices + first, mask=first < end, other=0)
                 acc1, acc2, largest, sums = attend(
                     acc1, acc2, largest, sums, q1, q2, k, v, k_box, v_box, sample,
-                    kv_head, key_bias, slope, parts[s],
+                    kv_head, key_bias, slope, block_bias, parts[s],
                     num_keys, numbers[s],
                     key_coords, key_flags, tokens, own_coords, own_flags,
                     own_inner, first, end, full_block,

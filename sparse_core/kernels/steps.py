@@ -1,9 +1,11 @@
 """One launch made ready: all that a kernel takes besides the tensors of a call.
 
-Making steps ready costs more host time than a short kernel runs, so a layout remembers its own.
+Making steps ready costs more host time than a short kernel runs, so a layout remembers its own. One
+whose last part is filled anew for each call, by choices, remembers those of its first filling, and
+only the tensors that differ are exchanged.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -11,8 +13,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sparse_core.blocking import Blocks
 from sparse_core.kernels import tuning
 from sparse_core.kernels.arguments import (
+    Other,
     Own,
     other_side,
+    other_tensors,
     own_blocks,
     own_side,
     split_head_dim,
@@ -20,31 +24,51 @@ from sparse_core.kernels.arguments import (
     tile_of,
 )
 from sparse_core.layout import BlockLayout
-from sparse_core.schedule import Agenda
+from sparse_core.schedule import Agenda, Launch, Side
 
 
 @dataclass(frozen=True)
 class Step:
-    """A launch of an agenda: its kernel's configuration and arguments.
+    """Launch `number` of an agenda: its kernel's configuration and arguments.
 
-    `final` says that it writes results, `prior` that it goes on from a state. `description` are the
-    tensors that describe the layout, `sizes` its numbers, `constants` what is compiled. `box` are
-    the rows of the other side's tiles if some of them are boxes in memory, else 0.
+    `final` says that it writes results, `prior` that it goes on from a state. `numbers` are those
+    of each part's masks, `tokens` coordinates and flags, `sizes` numbers of the layout, `constants`
+    what is compiled. `box` are the rows of the other side's tiles if some of them are boxes in
+    memory, else 0. `biased` says that entries of some part take numbers of `block_bias`.
     """
 
+    number: int
     own: Own
     final: bool
     prior: bool
     num_programs: int
+    own_tiles: int
     num_slots: int
     num_states: int
     state_of: Tensor | None
     group_of: Tensor | None
+    items: Tensor
+    ranges: Tensor
     splits: Tensor
-    description: tuple[object, ...]
+    parts: tuple[Other, ...]
+    numbers: tuple[tuple[int, ...], ...]
+    tokens: tuple[Tensor, ...]
     sizes: tuple[int, ...]
     constants: dict[str, object]
     box: int
+    biased: bool
+
+    @property
+    def description(self) -> tuple[object, ...]:
+        """The tensors and numbers that describe the launch, in the order of kernels' arguments."""
+        return (
+            self.items, self.ranges, self.group_of, self.own, self.parts, self.numbers,
+            *self.tokens,
+        )  # fmt: skip
+
+    def biases(self, block_bias: Tensor | None) -> Tensor | None:
+        """Give `block_bias` to launches some of whose parts take its numbers."""
+        return block_bias if self.biased else None
 
     def boxes(self, *tensors: Tensor) -> tuple[TensorDescriptor | None, ...]:
         """Describe tensors of the other side [B, T, H, D] as [B, H, T, D], tile by tile."""
@@ -86,13 +110,36 @@ def steps(
     strides = others[0].stride(1), others[1].stride(1)
     token_elements, alike = max(strides), strides[0] == strides[1]
     boxes = takes_boxes(q.shape[3], others)
-    known = layout.__dict__.setdefault("_steps", {})
+    template = layout.__dict__.get("_filled", layout)
+    known = template.__dict__.setdefault("_steps", {})
     inputs = (q.dtype, q.device, q.shape[2:], k.shape[2], token_elements, alike, boxes, precision)
-    key = (kernel, inputs, tuning.state())
+    key = (kernel, inputs, tuning.state(), layout.num_groups, layout.num_biases)
     if key not in known:
         known[key] = _make(kernel, layout, q, k, token_elements, alike, boxes, precision)
     found: tuple[Step, ...] = known[key]
-    return found
+    if template is layout:
+        return found
+    return tuple(_refill(step, layout, tuning.SIDE_OF[kernel]) for step in found)
+
+
+def _refill(step: Step, layout: BlockLayout, side: Side) -> Step:
+    """Exchange the tensors of a launch whose last part is that of a layout just filled."""
+    launch: Launch = getattr(layout.schedule, side).launches[step.number]
+    last = len(layout.parts) - 1
+    if last not in launch.part_numbers:
+        return step
+    changed = other_tensors(layout, layout.parts[last], side)
+    return replace(
+        step,
+        items=launch.items,
+        ranges=launch.ranges,
+        splits=launch.splits,
+        group_of=layout.group_of if step.group_of is not None else None,
+        parts=tuple(
+            changed if number == last else part
+            for number, part in zip(launch.part_numbers, step.parts, strict=True)
+        ),
+    )
 
 
 def _make(
@@ -131,25 +178,25 @@ def _make(
             "PRIOR": prior,
             "PRECISION": precision,
         }
-        group_of = layout.group_of if layout.group_of.numel() else None
+        group_of = layout.group_of if launch.items.shape[0] > 1 else None
         found.append(
             Step(
+                number=number,
                 own=own,
                 final=final,
                 prior=prior,
                 num_programs=launch.items.shape[1] * own_tiles,
+                own_tiles=own_tiles,
                 num_slots=launch.num_slots,
                 num_states=agenda.num_states,
                 state_of=agenda.state_of if agenda.state_of.numel() else None,
                 group_of=group_of,
+                items=launch.items,
+                ranges=launch.ranges,
                 splits=launch.splits,
-                description=(
-                    launch.items,
-                    launch.ranges,
-                    group_of,
-                    own,
-                    parts,
-                    numbers,
+                parts=parts,
+                numbers=numbers,
+                tokens=(
                     layout.query_coords,
                     layout.key_coords,
                     layout.query_flags,
@@ -162,10 +209,12 @@ def _make(
                     agenda.num_states,
                     launch.num_slots,
                     own_tiles,
+                    layout.num_biases,
                     q.shape[2] // k.shape[2],
                 ),
                 constants=constants,
                 box=config.block_other if any(part.boxed for part in meta) else 0,
+                biased=any(part.biased for part in meta),
             )
         )
     return tuple(found)

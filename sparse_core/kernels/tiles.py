@@ -100,6 +100,24 @@ def has_bits(meta, s):
 
 
 @triton.constexpr_function
+def biased(meta, s):
+    """Whether each entry's scores take a number of their own."""
+    return meta[s].biased
+
+
+@triton.constexpr_function
+def takes_key_bias(meta, s):
+    """Whether keys' biases are added to scores."""
+    return meta[s].takes_key_bias
+
+
+@triton.constexpr_function
+def any_takes_no_key_bias(meta):
+    """Whether some part leaves keys' biases out."""
+    return not all(part.takes_key_bias for part in meta)
+
+
+@triton.constexpr_function
 def num_own(meta, s):
     """Number of clauses that keep a pair."""
     return meta[s].num_own
@@ -324,6 +342,74 @@ def other_tokens(
         rows = tl.load(part.order + origin + rows, mask=exists, other=0)
         origin, lanes = tile * 0, rows
     return origin, rows, lanes, exists, end, entry, inner
+
+
+@triton.jit
+def next_bias(
+    block_bias, part, META: tl.constexpr, S: tl.constexpr, first, last, tile, BLOCK: tl.constexpr
+):
+    """Read, ahead of its use, the number in base 2 that tile `tile` adds to its scores.
+
+    Also its place in `block_bias`. Where a tile holds several blocks, both are vectors of lanes.
+    """
+    if small(META, S) > 0:
+        lane = tl.arange(0, BLOCK)
+        per_tile = BLOCK // small(META, S)
+        which = first + tile * per_tile + lane // small(META, S)
+        valid = (which < last) & (lane < per_tile * small(META, S))
+    else:
+        which = first + tile
+        if not single(META, S):
+            which = first + tile // tl.cdiv(part.size, BLOCK)
+        valid = which < last
+    place = tl.load(part.bias + which, mask=valid, other=0)
+    bias = tl.load(block_bias + place, mask=valid, other=0.0).to(tl.float32)
+    return bias * LOG2_E, place
+
+
+@triton.jit
+def spread_bias(bias, META: tl.constexpr, S: tl.constexpr):
+    """A tile's number as it is added to scores [own, other]."""
+    if small(META, S) > 0:
+        return bias[None, :]
+    else:
+        return bias
+
+
+@triton.jit
+def store_bias_grad(
+    grad_bias,
+    by_entry,
+    slopes,
+    part,
+    META: tl.constexpr,
+    S: tl.constexpr,
+    first,
+    last,
+    tile,
+    place,
+    BLOCK: tl.constexpr,
+):
+    """Write the sums of a tile's slopes [own, other] over the pairs of each of its list entries.
+
+    A block of several tiles adds up in `by_entry`, and its last tile writes what stays.
+    """
+    if small(META, S) > 0:
+        lane = tl.arange(0, BLOCK)
+        per_tile = BLOCK // small(META, S)
+        mine = (lane // small(META, S))[None, :] == lane[:, None]
+        sums = tl.sum(tl.where(mine, tl.sum(slopes, 0)[None, :], 0.0), 1)
+        which = first + tile * per_tile + lane
+        valid = (which < last) & (lane < per_tile)
+        place = tl.load(part.bias + which, mask=valid, other=0)
+        tl.store(grad_bias + place, sums, mask=valid)
+        return by_entry
+    else:
+        total = tl.sum(slopes)
+        if not single(META, S):
+            total += tl.where(tile % tl.cdiv(part.size, BLOCK) == 0, 0.0, by_entry)
+        tl.store(grad_bias + place, total)
+        return total
 
 
 @triton.jit

@@ -110,8 +110,7 @@ def _routed(pattern: Pattern) -> Bool[Tensor, "T T"]:
     generator = torch.Generator().manual_seed(0)
     about_q, about_k = torch.randn(2, 1, len(routed.tokens), 1, 8, generator=generator)
     chosen = choose_blocks(about_q, about_k, routed)
-    layout = with_chosen(routed.empty, chosen, chosen < len(routed.tokens))
-    return routed.seen.mask() | layout.mask()
+    return with_chosen(routed.seen, chosen, chosen < len(routed.tokens)).mask()
 
 
 def _grid(side: int) -> Tensor:

@@ -186,5 +186,5 @@ def keys_per_query(layout: AnyLayout) -> float:
         layout = layout.layout
     if isinstance(layout, RoutedLayout):
         chosen = layout.exists.sum() * layout.num_chosen * layout.exists.shape[1]
-        return keys_per_query(layout.seen) + float(chosen) / len(layout.slot)
+        return keys_per_query(layout.seen) + float(chosen) / layout.seen.num_queries
     return layout.visited_pairs() / layout.num_groups / layout.num_queries

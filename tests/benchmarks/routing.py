@@ -20,9 +20,7 @@ from sparse_core.recall.training import Result, Settings, train
 from sparse_core.routing import RoutedLayout
 
 
-def choose_at_random(
-    about_q: Tensor, about_k: Tensor, routed: RoutedLayout, *, scale: float = 1.0
-) -> Tensor:
+def choose_at_random(about_q: Tensor, about_k: Tensor, routed: RoutedLayout) -> Tensor:
     """Take `choose_blocks`' place: the same number of blocks, of those it may choose from."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     shape = (*about_q.shape[:3], 16)

@@ -14,11 +14,13 @@ from sparse_core import build_layout
 from sparse_core.kernels import engine
 from sparse_core.kernels.backward import key_kernel, query_kernel
 from sparse_core.kernels.forward import forward_kernel
-from sparse_core.patterns import GlobalTokens, SlidingWindow, Strided
+from sparse_core.layout import with_block_biases
+from sparse_core.patterns import GlobalTokens, RandomBlocks, SlidingWindow, Strided
 
 LAYOUTS = (
     build_layout(SlidingWindow(256) | GlobalTokens(64), 2048),
     build_layout(Strided(8, block=128) | SlidingWindow(128), 2048),
+    with_block_biases(build_layout(RandomBlocks(2, block=128), 2048)),
 )
 
 
@@ -63,7 +65,9 @@ def main() -> int:
     engine.forward_kernel, engine.query_kernel, engine.key_kernel = kernels  # type: ignore[assignment]
     for layout in LAYOUTS:
         q, k, v, grad_out = torch.zeros(4, 1, 2048, 2, 64, dtype=torch.bfloat16)
-        options = {"scale": 0.125, "key_bias": None, "alibi_slopes": None, "precision": "ieee"}
+        bias = torch.zeros(1, 2, layout.num_biases) if layout.num_biases else None
+        options = {"scale": 0.125, "key_bias": None, "alibi_slopes": None, "block_bias": bias}
+        options["precision"] = "ieee"
         out, lse = engine.forward(q, k, v, layout, **options)
         engine.backward(grad_out, None, q, k, v, out, lse, layout, **options)
     print(f"{sum(kernel.count for kernel in kernels)} kernels compile")

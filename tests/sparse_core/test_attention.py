@@ -1,6 +1,6 @@
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -15,6 +15,7 @@ from sparse_core import (
     sparse_attention,
     stack,
 )
+from sparse_core.layout import BlockLayout, with_block_biases
 from sparse_core.ops import _flatten
 from sparse_core.patterns import (
     BlockList,
@@ -31,6 +32,7 @@ from sparse_core.patterns import (
 from sparse_core.patterns.terms import Tokens
 from sparse_core.reference import coordinate_distance, reference_attention
 from sparse_core.testing import (
+    TOLERANCE,
     Engine,
     assert_close,
     check_against_float64,
@@ -325,14 +327,77 @@ def test_gradcheck(pattern: Pattern) -> None:
 
 
 def test_opcheck() -> None:
-    layout = build_layout(SlidingWindow(9) | GlobalTokens(2), 70)
+    layout = with_block_biases(build_layout(SlidingWindow(9) | GlobalTokens(2), 70))
     inputs = make_inputs(70, heads=4, kv_heads=2)
     tensors, numbers = _flatten(layout)
+    blocks = torch.randn(1, 2, layout.num_biases, requires_grad=True)
     q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     bias, slopes = inputs.key_bias.requires_grad_(), inputs.alibi_slopes.requires_grad_()
     op = torch.ops.gigasparse.attention.default
-    for extras in ((None, None), (bias, slopes)):
+    for extras in ((None, None, None), (bias, slopes, blocks)):
         torch.library.opcheck(op, (q, k, v, *extras, tensors, numbers, 0.3, "blockwise", "ieee"))
+
+
+def without_key_bias(layout: BlockLayout) -> BlockLayout:
+    """Let keys take no bias in the last of several parts."""
+    *parts, last = layout.parts
+    return replace(layout, parts=(*parts, replace(last, takes_key_bias=not parts)))
+
+
+@on_every_engine
+@pytest.mark.parametrize("plain", [False, True], ids=["biased keys", "plain"])
+@pytest.mark.parametrize(
+    ("pattern", "block_size"),
+    [(PATTERNS[-2], 16), (PATTERNS[-1], None), (Dense(), 96), (SlidingWindow(60), 64),
+     (RandomBlocks(2, 48), None), (DilatedSegments(40) + DilatedSegments(100, 2), None)],
+    ids=str,
+)  # fmt: skip
+def test_each_pair_of_blocks_takes_a_number(
+    engine: Engine, pattern: Pattern, block_size: int | None, plain: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layout = build_layout(
+        pattern, 203, segments=[150, 0, 53], block_size=block_size, num_kv_heads=2
+    )
+    layout = without_key_bias(with_block_biases(layout))
+    shapes = [(2, 203, heads, 32) for heads in (4, 2, 2)]
+    shapes += [(2, 2, layout.num_biases), (2, 203), (2, 203, 4, 32), (2, 4, 203)]
+    given = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    dtypes = (torch.float32, torch.bfloat16) if engine.backend == "triton" else (torch.float64,)
+    for dtype in dtypes:
+        found = []
+        rounded = [x.to(dtype) for x in given]
+        for backend, device in (("reference", "cpu"), (engine.backend, engine.device)):
+            wanted = torch.float64 if backend == "reference" else None
+            leaves = [x.to(device, wanted).requires_grad_() for x in rounded[:5]]
+            bias = {} if plain else {"key_bias": leaves[4]}
+            out, lse = sparse_attention(
+                *leaves[:3], layout.to(device), block_bias=leaves[3], **bias,
+                backend=backend, return_lse=True,
+            )  # fmt: skip
+            grads = [x.to(y) for x, y in zip(rounded[5:], (out, lse), strict=True)]
+            back = torch.autograd.grad((out, lse), leaves[: 4 if plain else 5], grads)
+            found.append([x.detach().double().cpu() for x in (out, lse, *back)])
+        for right, ours in zip(*found, strict=True):
+            assert (ours - right).norm() <= 3 * TOLERANCE[dtype] * right.norm()
+
+
+def test_gradients_of_block_biases_are_finite_differences() -> None:
+    layout = with_block_biases(build_layout(PATTERNS[-2], 40, segments=[30, 10], block_size=16))
+    inputs = make_inputs(40, kv_heads=1, dtype=torch.float64)
+    bias = torch.randn(1, 1, layout.num_biases, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, bias)]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, bias: sparse_attention(q, k, v, layout, block_bias=bias, return_lse=True),
+        leaves, fast_mode=True,
+    )  # fmt: skip
+
+
+def test_blocks_take_biases_after_packing() -> None:
+    layout = with_block_biases(build_layout(SlidingWindow(9), 70))
+    for pack in (concat, merge):
+        with pytest.raises(ValueError, match="pack layouts first"):
+            pack([layout, layout])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -369,6 +434,7 @@ def test_runs_are_bit_identical(engine: Engine) -> None:
         ({"q": torch.zeros(1, 70, 4, 16, dtype=torch.float64)}, "one floating dtype"),
         ({"key_bias": torch.zeros(70)}, "key_bias is"),
         ({"alibi_slopes": torch.zeros(2)}, "alibi_slopes is"),
+        ({"block_bias": torch.zeros(1, 2, 9)}, "block_bias is"),
         ({"backend": "flash"}, "backend is auto"),
         ({"precision": "bf16"}, "precision is ieee or tf32"),
     ],

@@ -22,8 +22,15 @@ from sparse_core.patterns import (
     GlobalTokens,
     Pattern,
     RandomBlocks,
+    Routed,
     SlidingWindow,
     Strided,
+)
+from sparse_core.routing import (
+    build_routed_layout,
+    choose_blocks,
+    describe_blocks,
+    routed_attention,
 )
 from sparse_core.testing import (
     Engine,
@@ -274,6 +281,50 @@ def test_a_hundred_backward_runs_are_bit_identical(pattern: Pattern) -> None:
     for _ in range(99):
         again = torch.autograd.grad(out, [*leaves, bias], grad, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@on_gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [Routed(128, 4), Routed(128, 4) & Causal(), Routed(64, 3) | GlobalTokens(64, (300,))],
+    ids=str,
+)
+def test_routed_in_half_precision(pattern: Pattern, heads: tuple[int, int], head_dim: int) -> None:
+    shapes = [(2, 2001, n, head_dim) for n in (heads[0], heads[1], heads[1], heads[0])]
+    *given, grad = (torch.randn(shape).bfloat16() for shape in shapes)
+    given[0], given[1] = given[0] + 0.5, given[1] + 0.5  # so that blocks have something in common
+    routed = build_routed_layout(pattern, 2001, segments=[1500, 501])
+    chosen = choose_blocks(*describe_blocks(given[0].float(), given[1].float(), routed), routed)
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        leaves = [x.to(device, dtype).requires_grad_() for x in given]
+        out = routed_attention(*leaves, routed.to(device), chosen=chosen.to(device))
+        assert isinstance(out, Tensor)
+        grads = torch.autograd.grad(out, leaves, grad.to(out))
+        found.append([x.detach().double().cpu() for x in (out, *grads)])
+    for right, ours in zip(*found, strict=True):
+        assert (ours - right).norm() <= 2e-2 * right.norm()
+
+
+@on_gpu
+def test_gradients_of_routed_attention_are_bit_identical_in_memory_full_of_nan() -> None:
+    tokens = 20_000
+    routed = build_routed_layout(Routed(128, 8) | GlobalTokens(3), tokens, device="cuda")
+    shapes = [(1, tokens, heads, 64) for heads in (4, 2, 2, 4)]
+    *given, grad = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
+    leaves = [x.requires_grad_() for x in given]
+    first: tuple[Tensor, ...] = ()
+    for _ in range(10):
+        poison = [torch.full((2**k,), torch.nan, device="cuda") for k in range(8, 27) for _ in "ab"]
+        del poison
+        out = routed_attention(*leaves, routed)
+        assert isinstance(out, Tensor)
+        again = out.detach(), *torch.autograd.grad(out, leaves, grad)
+        first = first or again
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(x.isfinite().all() for x in first)
 
 
 def _cuda_problem(

@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_core import choosing, listing
+from sparse_core.layout import BlockLayout
 from sparse_core.listing import with_chosen
 from sparse_core.nn import SparseEncoder
 from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, Routed, SlidingWindow
@@ -46,7 +47,7 @@ def draw(tokens: int, dtype: torch.dtype = torch.float64, *, batch: int = 2) -> 
 def block_of_token(routed: RoutedLayout) -> Tensor:
     """Which block each token belongs to; -1 for global tokens."""
     number = torch.arange(len(routed.tokens))[:, None].expand_as(routed.tokens)
-    block = torch.full(routed.slot.shape, -1)
+    block = torch.full((routed.seen.num_queries,), -1)
     block[routed.tokens[routed.exists]] = number[routed.exists]
     return block
 
@@ -156,7 +157,9 @@ def test_the_highest_scores_are_chosen_and_ties_go_to_the_first(
     assert torch.equal(found, expected)
     assert (found < num_blocks).any()
     monkeypatch.setattr(choosing, "CHUNK_NUMBERS", 1)
-    assert torch.equal(choose_blocks(*about, routed), expected)
+    for group in (2, 3, 16):
+        monkeypatch.setattr(choosing, "GROUP", group)
+        assert torch.equal(choose_blocks(*about, routed), expected)
 
 
 class Watch(TorchDispatchMode):
@@ -186,8 +189,8 @@ def test_choosing_never_asks_the_device(pattern: Pattern) -> None:
     routed = build_routed_layout(pattern, 300, segments=[100, 200])
     with Watch():
         chosen = choose_blocks(*describe_blocks(q, k, routed), routed)
-        layout = with_chosen(routed.empty, chosen, chosen < len(routed.tokens))
-    assert layout.num_blocks == chosen.numel()
+        layout = with_chosen(routed.seen, chosen, chosen < len(routed.tokens))
+    assert layout.num_biases == chosen[0, 0].numel()
 
 
 def test_blocks_times_blocks_are_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,26 +214,28 @@ def test_the_host_never_waits() -> None:
         routed_attention(q, k, v, routed).sum().backward()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("split", [True, False], ids=["split", "whole"])
+@pytest.mark.parametrize("pattern", [*PATTERNS, Routed(16, 2) | GlobalTokens(16)], ids=str)
 def test_lists_and_items_hold_each_choice_once(
-    pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+    pattern: Pattern, split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "ITEM_TOKENS", 16)
-    monkeypatch.setattr(listing, "SHARE", 1)
+    if split:
+        monkeypatch.setattr(listing, "ITEM_TOKENS", 16)
+        monkeypatch.setattr(listing, "SHARE", 1)
     routed = build_routed_layout(pattern, 420, segments=[130, 290])
     num_blocks = len(routed.tokens)
     q, k, *_ = draw(420)
     k[:, 150] *= 1000  # a block that all would see
     chosen = choose_blocks(*describe_blocks(q, k, routed), routed)
-    layout = with_chosen(routed.empty, chosen, chosen < num_blocks)
-    (part,) = layout.parts
+    layout = with_chosen(routed.seen, chosen, chosen < num_blocks)
+    part = layout.parts[-1]
+    assert part.num_biases == chosen[0, 0].numel()
     for group, mine in enumerate(chosen.flatten(0, 1)):
         pairs = {(r, c) for r, row in enumerate(mine.tolist()) for c in row if c < num_blocks}
-        for lists, turned, side in (
-            (part.rows, False, layout.schedule.queries),
-            (part.columns, True, layout.schedule.keys),
-        ):
-            ptr, full = lists.ptr[group].tolist(), lists.full[group].tolist()
+        for side, lists, turned in (("queries", "rows", False), ("keys", "columns", True)):
+            check_launch(layout, side, lists, group)
+            lists = getattr(part, lists)
+            ptr, full = lists.ends(group)
             found = set()
             for row in range(num_blocks):
                 entries = lists.index[ptr[row] : ptr[row + 1]].tolist()
@@ -238,16 +243,33 @@ def test_lists_and_items_hold_each_choice_once(
                     entries[: full[row] - ptr[row]],
                     entries[full[row] - ptr[row] :],
                 ):
-                    assert members == sorted(set(members))
+                    assert len(members) == len(set(members))
                 for place, other in enumerate(entries):
+                    number = int(lists.bias[ptr[row] + place])
+                    assert mine.flatten()[number] == (row if turned else other)
+                    assert number // mine.shape[1] == (other if turned else row)
                     short = min(int(part.queries.count[x]) for x in (row, other))
                     assert (place >= full[row] - ptr[row]) == (short == part.queries.size)
                     found.add((other, row) if turned else (row, other))
             assert found == pairs
-            (launch,) = side.launches
-            check_items(launch, group, [ptr[r + 1] - ptr[r] for r in range(num_blocks)])
-    if not routed.causal:
-        assert (layout.schedule.keys.launches[0].splits[..., 0] >= 0).any()
+    if not routed.causal or not split:
+        assert split == any((x.splits[..., 0] >= 0).any() for x in layout.schedule.keys.launches)
+
+
+def check_launch(layout: BlockLayout, side: str, lists: str, group: int) -> None:
+    """The launch of chosen blocks has every entry of its parts in one item, where they say."""
+    agenda = getattr(layout.schedule, side)
+    (launch,) = (x for x in agenda.launches if len(layout.parts) - 1 in x.part_numbers)
+    lengths = [0] * len(getattr(layout.parts[launch.part_numbers[0]], side))
+    for at, (number, places) in enumerate(zip(launch.part_numbers, launch.places, strict=True)):
+        ptr, _ = getattr(layout.parts[number], lists).ends(group)
+        for row in range(len(ptr) - 1):
+            block = int(places[row]) if places.numel() else row
+            lengths[block] += ptr[row + 1] - ptr[row]
+            mine = launch.ranges[group, launch.items[group, :, 0] == block, at].tolist()
+            visited = sorted(e for begin, _, end, *_ in mine for e in range(begin, end))
+            assert visited == list(range(ptr[row], ptr[row + 1]))
+    check_items(launch, group, lengths)
 
 
 def check_items(launch, group: int, lengths: list[int]) -> None:  # type: ignore[no-untyped-def]
@@ -339,11 +361,10 @@ def test_packing_changes_nothing() -> None:
 def test_all_blocks_may_be_chosen() -> None:
     q, k, *_ = draw(100)
     routed = build_routed_layout(Routed(16, 99), 100)
-    everything = routed.seen.counts()
     chosen = choose_blocks(*describe_blocks(q, k, routed), routed)
-    layout = with_chosen(routed.empty, chosen, chosen < len(routed.tokens))
+    layout = with_chosen(routed.seen, chosen, chosen < len(routed.tokens))
     for group in range(4):
-        assert (everything + layout.counts(group) == 1).all()
+        assert (layout.counts(group) == 1).all()
 
 
 def test_tissue_is_routed_in_its_order() -> None:
@@ -401,6 +422,30 @@ def test_the_choice_is_a_sound_custom_op() -> None:
     torch.library.opcheck(
         torch.ops.gigasparse.choose, (queries, keys, routed.low, routed.high, 1, 2)
     )
+    chosen = choosing.choose(queries, keys, routed.low, routed.high, 1, 2)
+    torch.library.opcheck(
+        torch.ops.gigasparse.score_blocks,
+        (queries.requires_grad_(), keys.requires_grad_(), chosen),
+    )
+
+
+def test_scores_of_choices_and_their_gradients_come_in_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queries, keys = (torch.randn(2, 3, 20, 4, dtype=torch.float64).requires_grad_() for _ in "qk")
+    chosen = torch.randint(0, 20, (2, 3, 20, 5))
+    expected = torch.einsum("bhrd,bhcd->bhrc", queries, keys).gather(3, chosen)
+    weights = torch.randn_like(expected)
+    for size in (2**20, 500, 1):
+        monkeypatch.setattr(choosing, "CHUNK_NUMBERS", size)
+        found = choosing.score_blocks(queries, keys, chosen)
+        torch.testing.assert_close(found, expected)
+        for ours, right in zip(
+            *(torch.autograd.grad(x, (queries, keys), weights, retain_graph=True)
+              for x in (found, expected)),
+            strict=True,
+        ):  # fmt: skip
+            torch.testing.assert_close(ours, right)
 
 
 def test_what_routes_is_known_and_refused_elsewhere() -> None:
