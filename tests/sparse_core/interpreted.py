@@ -6,6 +6,7 @@ bfloat16 products, so those are tried on GPUs only.
 
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -17,19 +18,27 @@ from sparse_core.patterns import (
     DilatedSegments,
     DilatedWindow,
     GlobalTokens,
+    Hierarchical,
     Pattern,
     RandomBlocks,
     Routed,
     SlidingWindow,
     Strided,
 )
+from sparse_core.pooling import build_pooled_layout, pooled_attention
 from sparse_core.routing import (
     build_routed_layout,
     choose_blocks,
     describe_blocks,
     routed_attention,
 )
-from sparse_core.testing import Engine, check_against_float64, make_inputs
+from sparse_core.testing import (
+    Engine,
+    Inputs,
+    check_against_float64,
+    make_inputs,
+    make_tissue,
+)
 
 PATTERNS = [
     Dense(),
@@ -81,7 +90,8 @@ def main() -> int:
         kv_heads=2, head_dim=48, plain=True, packed=False,
     )  # fmt: skip
     _check_routed()
-    print(f"{2 * len(PATTERNS) + 5} cases agree, {time.perf_counter() - begin:.0f} s")
+    _check_pooled()
+    print(f"{2 * len(PATTERNS) + 6} cases agree, {time.perf_counter() - begin:.0f} s")
     return 0
 
 
@@ -112,17 +122,29 @@ def _check_routed() -> None:
     pattern = Routed(16, 2, near=0) | GlobalTokens(2)
     inputs = make_inputs(90, heads=2, kv_heads=1)
     routed = build_routed_layout(pattern, 90, segments=[20, 70])
-    given = inputs.q, inputs.k, inputs.v
     chosen = choose_blocks(*describe_blocks(inputs.q, inputs.k, routed), routed)
+    _check_against_blockwise(
+        inputs, lambda *x, **y: routed_attention(*x, routed, chosen=chosen, **y)
+    )
+
+
+def _check_pooled() -> None:
+    """Hold near and far blocks of ragged tissue, in tables of tokens, to the other engine."""
+    inputs = make_inputs(70, heads=2, kv_heads=1, head_dim=16)
+    pooled = build_pooled_layout(Hierarchical(4, factor=2) | GlobalTokens(2), make_tissue(70))
+    _check_against_blockwise(inputs, lambda *x, **y: pooled_attention(*x, pooled, **y))
+
+
+def _check_against_blockwise(inputs: Inputs, attend: Callable[..., torch.Tensor]) -> None:
     results = []
     for backend, dtype in (("triton", torch.float32), ("blockwise", torch.float64)):
-        leaves = [x.to(dtype).requires_grad_() for x in given]
-        out = routed_attention(*leaves, routed, chosen=chosen, backend=backend)  # type: ignore[arg-type]
+        leaves = [x.to(dtype).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        out = attend(*leaves, backend=backend)
         loss = (out * inputs.grad_out.to(dtype)).sum()
         results.append((out, *torch.autograd.grad(loss, leaves)))
     for found, right in zip(*results, strict=True):
-        error = float((found.double() - right).norm() / right.norm())
-        assert error < 1e-5, f"{pattern}: relative error {error}"
+        error = float((found.detach().double() - right).norm() / right.detach().norm())
+        assert error < 1e-5, f"relative error {error}"
 
 
 if __name__ == "__main__":
