@@ -465,15 +465,20 @@ def _meet(row: Int[Tensor, "N"], wanted: Int[Tensor, "N"], label: Int[Tensor, "R
 def _part(
     sides: _Sides, pairs: Pairs, program: Program, *, ordered: Bool[Tensor, "Z"] | None = None
 ) -> Part:
-    """List pairs of blocks: full where both are and, if order counts, they are `ordered`."""
+    """List pairs of blocks, without a mask where those walked over are whole and all `ordered`.
+
+    A block's own lanes beyond its tokens need no mask, so the lists of both sides differ in that.
+    """
     queries, keys = sides.queries, sides.keys
     order = torch.sort(pairs[0] * len(keys) + pairs[1]).indices
     row, column = pairs[0][order], pairs[1][order]
-    full = (queries.count == queries.size)[row] & (keys.count == keys.size)[column]
+    whole_query, whole_key = ((x.count == x.size) for x in (queries, keys))
+    by_query, by_key = whole_key[column], whole_query[row]
     if ordered is not None:
-        full &= ordered[order]
+        by_query, by_key = by_query & ordered[order], by_key & ordered[order]
     none = torch.empty(0, dtype=torch.int32, device=row.device)
-    rows, columns = both_lists((row, column, full, none), queries, keys)
+    rows, _ = both_lists((row, column, by_query, none), queries, keys)
+    _, columns = both_lists((row, column, by_key, none), queries, keys)
     bits = torch.empty(0, 0, 0, dtype=torch.uint8, device=row.device)
     return Part(queries, keys, rows, columns, bits, program)
 

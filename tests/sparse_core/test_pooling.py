@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_core import sparse_attention
+from sparse_core.masking import KEEP_ALL
 from sparse_core.nn import SparseEncoder
 from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, SlidingWindow
 from sparse_core.patterns.joined import is_pooled
@@ -144,6 +145,17 @@ def test_blocks_of_tissue_see_what_they_need_and_little_else() -> None:
     assert pooled.layout.visited_pairs() < 20_000 * (9 * 64 + 5 * 27)
     assert len(pooled.layout.schedule.queries.launches) == 1
     assert len(pooled.layout.schedule.keys.launches) == 1
+
+
+@pytest.mark.parametrize("pattern", [PATTERNS[0], PATTERNS[3], Hierarchical(cell=100)], ids=str)
+def test_only_order_and_short_blocks_need_masks(pattern: Pattern) -> None:
+    for part in build_pooled_layout(pattern, torch.arange(300).flip(0)).layout.parts:
+        assert part.program == KEEP_ALL
+        for lists, blocks in ((part.rows, part.keys), (part.columns, part.queries)):
+            whole = (blocks.count == blocks.size)[lists.index.long()]
+            entries = torch.arange(len(whole))
+            row = torch.searchsorted(lists.ptr[0], entries, right=True) - 1
+            assert torch.equal(whole, entries >= lists.full[0, row])
 
 
 @settings(max_examples=50, deadline=None)
