@@ -100,7 +100,7 @@ def _shares(pattern: Pattern) -> Float[Tensor, "T T"]:
     for level in pooled.levels:
         below = torch.segment_reduce(below[level.order], "sum", lengths=level.sizes)
         cells.append(below)
-    members = torch.cat([torch.eye(TOKENS), torch.cat(cells)[pooled.entries]])
+    members = torch.cat([torch.eye(TOKENS), torch.cat(cells)[pooled.entries.group_of]])
     return pooled.layout.counts().float() @ (members / members.sum(1, keepdim=True))
 
 

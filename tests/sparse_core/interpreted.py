@@ -6,6 +6,7 @@ bfloat16 products, so those are tried on GPUs only.
 
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -17,19 +18,28 @@ from sparse_core.patterns import (
     DilatedSegments,
     DilatedWindow,
     GlobalTokens,
+    Hierarchical,
     Pattern,
     RandomBlocks,
     Routed,
     SlidingWindow,
     Strided,
 )
+from sparse_core.pooling import build_pooled_layout, pooled_attention
 from sparse_core.routing import (
     build_routed_layout,
     choose_blocks,
     describe_blocks,
     routed_attention,
 )
-from sparse_core.testing import TOLERANCE, Engine, check_against_float64, make_inputs
+from sparse_core.testing import (
+    TOLERANCE,
+    Engine,
+    Inputs,
+    check_against_float64,
+    make_inputs,
+    make_tissue,
+)
 
 PATTERNS = [
     Dense(),
@@ -82,7 +92,9 @@ def main() -> int:
     )  # fmt: skip
     _check_routed(Routed(16, 2, near=0) | GlobalTokens(2), 90, torch.float32)
     _check_routed(Routed(96, 2, near=0), 410, torch.float16)
-    print(f"{2 * len(PATTERNS) + 6} cases agree, {time.perf_counter() - begin:.0f} s")
+    _check_pooled(Hierarchical(4, factor=2) | GlobalTokens(2), make_tissue(70), torch.float32)
+    _check_pooled(Hierarchical(16), 200, torch.float16)
+    print(f"{2 * len(PATTERNS) + 8} cases agree, {time.perf_counter() - begin:.0f} s")
     return 0
 
 
@@ -108,22 +120,42 @@ def _check(
 
 
 def _check_routed(pattern: Pattern, tokens: int, dtype: torch.dtype) -> None:
-    """Hold chosen blocks to the other engine in float64; columns are so long that they split."""
+    """Hold chosen blocks to the other engine; columns are so long that they split."""
     listing.ITEM_TOKENS, listing.SHARE = 16, 1
     inputs = make_inputs(tokens, heads=2, kv_heads=1, dtype=dtype)
     routed = build_routed_layout(pattern, tokens, segments=[20, tokens - 20])
-    given = inputs.q, inputs.k, inputs.v
     chosen = choose_blocks(*describe_blocks(inputs.q, inputs.k, routed), routed)
     assert (chosen < len(routed.tokens)).any()
+    _check_against_blockwise(
+        pattern, inputs, dtype, lambda *x, **y: routed_attention(*x, routed, chosen=chosen, **y)
+    )
+
+
+def _check_pooled(pattern: Pattern, where: torch.Tensor | int, dtype: torch.dtype) -> None:
+    """Hold near and far blocks to the other engine."""
+    tokens = where if isinstance(where, int) else len(where)
+    inputs = make_inputs(tokens, heads=2, kv_heads=1, head_dim=16, dtype=dtype)
+    pooled = build_pooled_layout(pattern, where)
+    _check_against_blockwise(
+        pattern, inputs, dtype, lambda *x, **y: pooled_attention(*x, pooled, **y)
+    )
+
+
+def _check_against_blockwise(
+    pattern: Pattern, inputs: Inputs, dtype: torch.dtype, attend: Callable[..., torch.Tensor]
+) -> None:
+    """Compare with the other engine in float64, gradients too."""
+    begin = time.perf_counter()
     results = []
     for backend, kind in (("triton", dtype), ("blockwise", torch.float64)):
-        leaves = [x.to(kind).requires_grad_() for x in given]
-        out = routed_attention(*leaves, routed, chosen=chosen, backend=backend)  # type: ignore[arg-type]
+        leaves = [x.to(kind).requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        out = attend(*leaves, backend=backend)
         loss = (out * inputs.grad_out.to(kind)).sum()
         results.append((out, *torch.autograd.grad(loss, leaves)))
     for found, right in zip(*results, strict=True):
         error = float(((found.double() - right).norm() / right.norm()).detach())
         assert error < 5 * TOLERANCE[dtype], f"{pattern}: relative error {error}"
+    print(f"{pattern}, {dtype}, {time.perf_counter() - begin:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_core import sparse_attention
+from sparse_core.masking import KEEP_ALL
 from sparse_core.nn import SparseEncoder
 from sparse_core.patterns import Causal, GlobalTokens, Hierarchical, Pattern, SlidingWindow
 from sparse_core.patterns.joined import is_pooled
-from sparse_core.pooling import PooledLayout, build_pooled_layout, pooled_attention
+from sparse_core.pooling import (
+    PooledLayout,
+    _group,
+    _Spread,
+    _Total,
+    _with_entries,
+    build_pooled_layout,
+    pooled_attention,
+)
 from sparse_core.testing import TOLERANCE, make_tissue, no_waiting
 
 GPU = (
@@ -34,21 +44,20 @@ def members_of_cells(pooled: PooledLayout) -> Tensor:
     below = torch.eye(len(pooled.coords), dtype=torch.int64)
     found = []
     for level in pooled.levels:
-        cell = torch.arange(len(level.sizes)).repeat_interleave(level.sizes)
+        inside = (level.group_of < len(level.sizes)).nonzero()[:, 0]
         below = below.new_zeros(len(level.sizes), below.shape[1]).index_add_(
-            0, cell, below[level.order]
+            0, level.group_of[inside], below[inside]
         )
-        assert below.sum(1).tolist() == level.num_tokens.tolist()
         found.append(below)
-    return torch.cat(found) if found else below[:0]
+    members = torch.cat(found) if found else below[:0]
+    assert not found or torch.equal(members.sum(1), pooled.num_tokens)
+    return members
 
 
 def members_of_keys(pooled: PooledLayout) -> Tensor:
     """[keys, tokens]: which tokens a key stands for."""
-    whole = torch.cat(
-        [torch.eye(len(pooled.coords), dtype=torch.int64), members_of_cells(pooled)[pooled.entries]]
-    )
-    return whole[pooled.place] if pooled.place.numel() else whole
+    tokens = torch.eye(len(pooled.coords), dtype=torch.int64)
+    return torch.cat([tokens, members_of_cells(pooled)[pooled.entries.group_of]])
 
 
 def covered(pooled: PooledLayout) -> Tensor:
@@ -80,7 +89,7 @@ def test_every_tile_of_ragged_tissue_stands_in_one_place(factor: int) -> None:
         pooled = build_pooled_layout(pattern, coords, segments=[100, 200])
         sequence = torch.arange(2).repeat_interleave(torch.tensor([100, 200]))
         assert torch.equal(covered(pooled), (sequence[:, None] == sequence).long())
-        assert len(pooled.entries) > 0
+        assert len(pooled.entries.group_of) > 0
 
 
 @settings(max_examples=30, deadline=None)
@@ -127,6 +136,99 @@ def test_a_million_tokens_need_few_keys() -> None:
     assert len(pooled.levels) == 6
     per_query = pooled.layout.visited_pairs() / 1_048_576
     assert 1280 < per_query < 1280 + 6 * 64
+    assert pooled.layout.num_keys < 1.3 * 1_048_576
+
+
+def test_blocks_of_tissue_see_what_they_need_and_little_else() -> None:
+    """Cells of 8 x 8 tiles, in the order of a curve that does not follow them."""
+    pooled = build_pooled_layout(Hierarchical(cell=8, factor=2), make_tissue(20_000))
+    assert pooled.layout.visited_pairs() < 20_000 * (9 * 64 + 5 * 27)
+    assert len(pooled.layout.schedule.queries.launches) == 1
+    assert len(pooled.layout.schedule.keys.launches) == 1
+
+
+@pytest.mark.parametrize("pattern", [PATTERNS[0], PATTERNS[3], Hierarchical(cell=100)], ids=str)
+def test_only_order_and_short_blocks_need_masks(pattern: Pattern) -> None:
+    for part in build_pooled_layout(pattern, torch.arange(300).flip(0)).layout.parts:
+        assert part.program == KEEP_ALL
+        for lists, blocks in ((part.rows, part.keys), (part.columns, part.queries)):
+            whole = (blocks.count == blocks.size)[lists.index.long()]
+            entries = torch.arange(len(whole))
+            row = torch.searchsorted(lists.ptr[0], entries, right=True) - 1
+            assert torch.equal(whole, entries >= lists.full[0, row])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 999), num_groups=st.integers(1, 9), rows=st.integers(1, 40),
+    kind=st.sampled_from(["runs", "runs after some", "any"]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+)  # fmt: skip
+def test_totals_and_their_gradients_are_those_of_a_loop(
+    seed: int, num_groups: int, rows: int, kind: str, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    group_of = torch.randint(num_groups + 1, (rows,), generator=generator)
+    if kind != "any":
+        group_of = torch.arange(rows) // -(-rows // num_groups)
+        num_groups = int(group_of[-1]) + 1
+    if kind == "runs after some":
+        group_of = torch.cat([torch.full((3,), num_groups), group_of])
+    groups = _group(group_of, num_groups)
+    assert kind == "any" or groups.run
+    x = torch.randn(2, len(group_of), 3, generator=generator).to(dtype).requires_grad_()
+    chosen = torch.nn.functional.one_hot(group_of, num_groups + 1)[:, :num_groups].double()
+    total = _Total.apply(x, groups)
+    expected = torch.einsum("brd,rc->bcd", x.detach().double(), chosen)
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=10 * TOLERANCE[dtype])
+    weights = torch.randn(total.shape, generator=generator).to(dtype)
+    (found,) = torch.autograd.grad(total, x, weights.to(total.dtype))
+    assert torch.equal(found.double(), torch.einsum("bcd,rc->brd", weights.double(), chosen))
+    spread = _Spread.apply(weights.requires_grad_(), groups)
+    assert torch.equal(spread, found)
+    (found,) = torch.autograd.grad(spread, weights, x.detach())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=10 * TOLERANCE[dtype])
+
+
+@on_every_device
+def test_results_are_the_same_in_every_run(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, 2000, 2, 16, generator=generator).to(device) for _ in range(3)]
+    leaves = [x.requires_grad_() for x in given]
+    scores = torch.randn(2, 2000, 2, generator=generator).to(device).requires_grad_()
+    for pattern, coords in ((PATTERNS[3], 2000), (Hierarchical(4), make_tissue(2000))):
+        pooled = build_pooled_layout(pattern, coords, device=device)
+        for more in ([], [scores]):
+            runs = []
+            for _ in range(3):
+                out = pooled_attention(*leaves, pooled, scores=scores if more else None)
+                runs.append((out, *gradients(out, leaves + more)))
+            for results in zip(*runs, strict=True):
+                assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+class Widest(TorchDispatchMode):
+    """Remember the most bytes of a tensor that an operation wrote."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not out._is_view() and 0 not in out.stride():
+            self.most = max(self.most, out.numel() * out.element_size())
+        return out
+
+
+@pytest.mark.parametrize("globals_first", [0, 4])
+def test_pooling_copies_no_tokens_in_float32(globals_first: int) -> None:
+    pattern = Hierarchical(cell=16)
+    joined = pattern | GlobalTokens(globals_first) if globals_first else pattern
+    pooled = build_pooled_layout(joined, 5_000)
+    x = torch.randn(1, 5_000, 2, 16).bfloat16().requires_grad_()
+    with Widest() as widest:
+        keys = _with_entries(x, pooled, None)
+        torch.autograd.grad(keys, x, torch.ones_like(keys))
+    assert widest.most == keys.numel() * keys.element_size()
 
 
 def direct(q: Tensor, k: Tensor, v: Tensor, pooled: PooledLayout, scores: Tensor | None) -> Tensor:
