@@ -15,12 +15,14 @@ from sparse_core.kernels import engine
 from sparse_core.kernels.backward import key_kernel, query_kernel
 from sparse_core.kernels.forward import forward_kernel
 from sparse_core.layout import with_block_biases
-from sparse_core.patterns import GlobalTokens, RandomBlocks, SlidingWindow, Strided
+from sparse_core.patterns import GlobalTokens, Hierarchical, RandomBlocks, SlidingWindow, Strided
+from sparse_core.pooling import build_pooled_layout
 
 LAYOUTS = (
     build_layout(SlidingWindow(256) | GlobalTokens(64), 2048),
     build_layout(Strided(8, block=128) | SlidingWindow(128), 2048),
     with_block_biases(build_layout(RandomBlocks(2, block=128), 2048)),
+    build_pooled_layout(Hierarchical(128, near=2), 2048).layout,
 )
 
 
@@ -64,10 +66,13 @@ def main() -> int:
     kernels = [Compile(k) for k in (forward_kernel, query_kernel, key_kernel)]
     engine.forward_kernel, engine.query_kernel, engine.key_kernel = kernels  # type: ignore[assignment]
     for layout in LAYOUTS:
-        q, k, v, grad_out = torch.zeros(4, 1, 2048, 2, 64, dtype=torch.bfloat16)
-        bias = torch.zeros(1, 2, layout.num_biases) if layout.num_biases else None
-        options = {"scale": 0.125, "key_bias": None, "alibi_slopes": None, "block_bias": bias}
-        options["precision"] = "ieee"
+        q, grad_out = torch.zeros(2, 1, layout.num_queries, 2, 64, dtype=torch.bfloat16)
+        k, v = torch.zeros(2, 1, layout.num_keys, 2, 64, dtype=torch.bfloat16)
+        options = {"scale": 0.125, "alibi_slopes": None, "precision": "ieee"}
+        biased = layout.num_biases > 0
+        options["block_bias"] = torch.zeros(1, 2, layout.num_biases) if biased else None
+        counted = any(not part.takes_key_bias for part in layout.parts)
+        options["key_bias"] = torch.zeros(1, layout.num_keys) if counted else None
         out, lse = engine.forward(q, k, v, layout, **options)
         engine.backward(grad_out, None, q, k, v, out, lse, layout, **options)
     print(f"{sum(kernel.count for kernel in kernels)} kernels compile")
