@@ -11,18 +11,27 @@ So counts of words are equal (but where motif and background meet), and so is al
 sees: each gap is wider than two of its reaches, as a token half way between two motifs hears of
 both, and the motifs keep more than one reach away from the ends, where position is told. A pair may
 be read from the other strand; its classes stay, so reverse-complement augmentation is sound.
+Backgrounds are random letters, or stretches of real DNA.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator
 
-from pipelines.genomics.alphabet import decode, encode, reverse_complement
+from pipelines.genomics.alphabet import NUM_BASES, decode, encode, reverse_complement
+from pipelines.genomics.genome import read_records
+from pipelines.shared.errors import InputError
 
 _LINE = 80
+_SHARES = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}
+"""What part of each record of real DNA is background for a split."""
+_ATTEMPTS = 1_000
+
+Draw = Callable[[int, Generator], str]
+"""Draws so many letters of background."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +108,49 @@ def check_motifs(motifs: tuple[str, ...]) -> None:
                 raise ValueError(f"motifs can be confused: {first} and {second}; choose others")
 
 
-def make_records(plan: MotifPlan, *, num_pairs: int, seed: int) -> list[MotifRecord]:
-    """Draw pairs of records, class 1 before class 0 in each."""
+def make_records(
+    plan: MotifPlan, *, num_pairs: int, seed: int | Generator, draw: Draw | None = None
+) -> list[MotifRecord]:
+    """Draw pairs of records, class 1 before class 0 in each; random letters without `draw`."""
     generator = np.random.default_rng(seed)
     records = []
     for pair in range(num_pairs):
-        positive, negative = _make_pair(plan, generator)
+        positive, negative = _make_pair(plan, generator, draw or _random_letters)
         records += [MotifRecord(positive, 1, pair), MotifRecord(negative, 0, pair)]
     return records
+
+
+class RealBackground:
+    """Stretches of A C G T from files of DNA, each split's from its own part of every record.
+
+    Raises InputError for a file that cannot be read, and where a split has no stretch that long.
+    """
+
+    def __init__(self, files: Sequence[str | Path]) -> None:
+        self._names = ", ".join(map(str, files))
+        self._records = [record.tokens for file in files for record in read_records(file)]
+
+    def of(self, split: str) -> Draw:
+        """Draw for a split; every start is as likely as another."""
+        low, high = _SHARES[split]
+        parts = [x[round(low * x.size) : round(high * x.size)] for x in self._records]
+
+        def draw(length: int, generator: Generator) -> str:
+            starts = np.array([max(part.size - length + 1, 0) for part in parts])
+            for _ in range(_ATTEMPTS if starts.any() else 0):
+                place = generator.integers(starts.sum())
+                record = int(np.searchsorted(starts.cumsum(), place, side="right"))
+                first = int(place - starts[:record].sum())
+                stretch = parts[record][first : first + length]
+                if ((stretch >= 1) & (stretch <= NUM_BASES)).all():
+                    return decode(stretch)
+            raise InputError(
+                f"data.background: {self._names} has no {length:,} bases of A C G T in a row in "
+                f"the {high - low:.0%} of each record that serve {split}; give longer records, or "
+                "a smaller data.length"
+            )
+
+        return draw
 
 
 def write_dataset(
@@ -117,15 +161,23 @@ def write_dataset(
     num_val: int = 200,
     num_test: int = 600,
     seed: int = 0,
+    background: Sequence[str | Path] = (),
 ) -> tuple[Path, Path]:
     """Write `motifs.fa` and `motifs.tsv` (id, label, split, group: the pair), in mixed order.
 
-    Numbers are of records, half of them of each class. Equal arguments give equal bytes.
+    Numbers are of records, half of them of each class. Equal arguments give equal bytes. Motifs are
+    planted into stretches of the files of `background`, or random letters.
     """
     sizes = {"train": num_train, "val": num_val, "test": num_test}
     if any(size % 2 for size in sizes.values()):
         raise ValueError(f"records come in pairs: even numbers are needed; got {sizes}")
-    records = make_records(plan or MotifPlan(), num_pairs=sum(sizes.values()) // 2, seed=seed)
+    plan, generator = plan or MotifPlan(), np.random.default_rng(seed)
+    real = RealBackground(background) if background else None
+    records: list[MotifRecord] = []
+    for split, size in sizes.items():
+        draw = None if real is None else real.of(split)
+        for record in make_records(plan, num_pairs=size // 2, seed=generator, draw=draw):
+            records.append(replace(record, pair=len(records) // 2))
     splits = np.repeat(list(sizes), list(sizes.values()))
     order = np.random.default_rng((seed, 1)).permutation(len(records))
     folder = Path(folder)
@@ -142,10 +194,14 @@ def write_dataset(
     return fasta, table
 
 
-def _make_pair(plan: MotifPlan, generator: Generator) -> tuple[str, str]:
+def _random_letters(length: int, generator: Generator) -> str:
+    return decode(generator.integers(1, 5, length, np.uint8))
+
+
+def _make_pair(plan: MotifPlan, generator: Generator, draw: Draw) -> tuple[str, str]:
     first, second = (motif * plan.copies for motif in plan.motifs)
     while True:
-        background = decode(generator.integers(1, 5, plan.length - plan.motif_bases, np.uint8))
+        background = draw(plan.length - plan.motif_bases, generator)
         places = _draw_places(plan, plan.right_gap, generator)
         positive = _plant(background, (first, second), places)
         if generator.random() < plan.wrong_gap_share:

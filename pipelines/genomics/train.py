@@ -116,7 +116,7 @@ def with_built_in_records(config: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"data=synthetic: {error}") from None
     sizes = {key: data[key] for key in ("num_train", "num_val", "num_test", "seed")}
     folder = Path(config["data_root"]) / "genomics" / "synthetic"
-    fasta, labels = write_dataset(folder, plan, **sizes)
+    fasta, labels = write_dataset(folder, plan, **sizes, background=data["background"])
     return {**config, "sequences": str(fasta), "labels": str(labels)}
 
 

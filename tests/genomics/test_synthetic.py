@@ -9,6 +9,7 @@ from pipelines.genomics.alphabet import decode, encode, reverse_complement
 from pipelines.genomics.baseline import fit_kmer_baseline
 from pipelines.genomics.genome import read_records
 from pipelines.genomics.synthetic import MotifPlan, check_motifs, make_records, write_dataset
+from pipelines.shared.errors import InputError
 
 PLAN = MotifPlan()
 
@@ -163,3 +164,34 @@ def test_local_words_are_shared_within_a_pair():
         ]
         # 2 sites with 2 edges and 7 words across each
         assert (words[0] - words[1]).total() <= 28
+
+
+def test_motifs_are_planted_into_real_dna_of_each_split(tmp_path):
+    """Without its motifs a record is a stretch of the part of the genome that serves its split."""
+    generator = np.random.default_rng(0)
+    genome = {f"chr{n}": decode(generator.integers(1, 5, 6_000, np.uint8)) for n in range(3)}
+    genome["chr1"] = genome["chr1"][:2_000] + "N" * 100 + genome["chr1"][2_100:]
+    file = tmp_path / "genome.fa"
+    file.write_text("".join(f">{name}\n{text}\n" for name, text in genome.items()))
+    sizes = {"num_train": 40, "num_val": 20, "num_test": 20}
+    fasta, labels = write_dataset(tmp_path / "a", PLAN, seed=7, background=[file], **sizes)
+    split = pd.read_csv(labels, sep="\t").set_index("id")["split"]
+    parts = {"train": (0, 3_600), "val": (3_600, 4_800), "test": (4_800, 6_000)}
+    seen = set()
+    for record in read_records(fasta):
+        background = strip_motifs(decode(record.tokens))
+        low, high = parts[split[record.id]]
+        both = (background, opposite(background))
+        found = {name for name, text in genome.items() for one in both if one in text[low:high]}
+        assert len(found) == 1
+        seen |= found
+    assert seen == set(genome)
+    again, _ = write_dataset(tmp_path / "b", PLAN, seed=7, background=[file], **sizes)
+    assert again.read_bytes() == fasta.read_bytes()
+
+
+def test_too_short_a_genome_is_named(tmp_path):
+    file = tmp_path / "short.fa"
+    file.write_text(">a\n" + "ACGT" * 380 + "\n")
+    with pytest.raises(InputError, match=r"short\.fa has no 312 bases .* 20% .* serve val"):
+        write_dataset(tmp_path / "o", PLAN, background=[file])
