@@ -6,8 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 
-from pipelines.genomics.alphabet import NUM_BASES, reverse_complement
-from pipelines.genomics.baseline import kmer_counts
+from pipelines.genomics.alphabet import NUM_BASES, PADDING, reverse_complement
 
 MAX_ORDER = 12
 _PSEUDOCOUNT = 0.5
@@ -49,24 +48,11 @@ def count_words(
 ) -> list[Int64[ndarray, "W 4"]]:
     """Count each base after each word, for the orders 0 to `max_order`."""
     counts = [np.zeros(NUM_BASES ** (order + 1), dtype=np.int64) for order in range(max_order + 1)]
-    for tokens in records:
-        for order, table in enumerate(counts):
-            table += kmer_words(tokens, order + 1, both_strands=both_strands)
+    for tokens in _laid_end_to_end(records):
+        for strand in (tokens, reverse_complement(tokens))[: 1 + both_strands]:
+            for order, table in enumerate(counts):
+                np.add.at(table, words_of(strand, order + 1), 1)
     return [table.reshape(-1, NUM_BASES) for table in counts]
-
-
-def kmer_words(
-    tokens: UInt8[ndarray, "T"], length: int, *, both_strands: bool
-) -> Int64[ndarray, "W"]:
-    """Count words of up to 13 bases; `kmer_counts` stops at 12."""
-    if length <= MAX_ORDER:
-        return kmer_counts(tokens, length, both_strands=both_strands)
-    counts = np.zeros(NUM_BASES**length, dtype=np.int64)
-    for strand in (tokens, reverse_complement(tokens))[: 1 + both_strands]:
-        for words in _stretches(strand, length):
-            found, times = np.unique(words, return_counts=True)
-            counts[found] += times
-    return counts
 
 
 def words_of(tokens: UInt8[ndarray, "T"], length: int) -> Int64[ndarray, "V"]:
@@ -74,13 +60,24 @@ def words_of(tokens: UInt8[ndarray, "T"], length: int) -> Int64[ndarray, "V"]:
     number = max(tokens.size - length + 1, 0)
     bases = tokens - np.uint8(1)  # padding wraps to 255: ambiguous too
     ambiguous = bases >= NUM_BASES
-    words = np.zeros(number, dtype=np.int64)
+    words = np.zeros(number, dtype=np.int32 if length < 16 else np.int64)
     for offset in range(length):
-        words = words * NUM_BASES + bases[offset : offset + number]
+        words *= NUM_BASES
+        words += bases[offset : offset + number]
     seen = np.concatenate([[0], np.cumsum(ambiguous)])
     return words[seen[length:] == seen[:-length]] if number else words
 
 
-def _stretches(tokens: UInt8[ndarray, "T"], length: int) -> Iterator[Int64[ndarray, "V"]]:
-    for start in range(0, max(tokens.size - length + 1, 0), _STRETCH):
-        yield words_of(tokens[start : start + _STRETCH + length - 1], length)
+def _laid_end_to_end(records: Iterable[UInt8[ndarray, "T"]]) -> Iterator[UInt8[ndarray, "T"]]:
+    """Put many short records into one, with a place between them that no word spans."""
+    waiting: list[ndarray] = []
+    between = np.array([PADDING], dtype=np.uint8)
+    size = 0
+    for tokens in records:
+        waiting += [tokens, between]
+        size += tokens.size
+        if size >= _STRETCH:
+            yield np.concatenate(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield np.concatenate(waiting)

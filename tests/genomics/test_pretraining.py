@@ -10,7 +10,7 @@ import torch
 from pipelines.genomics.__main__ import main
 from pipelines.genomics.alphabet import encode, reverse_complement
 from pipelines.genomics.data import WindowDataset
-from pipelines.genomics.markov import MarkovModel, count_words, kmer_words, words_of
+from pipelines.genomics.markov import MarkovModel, count_words, words_of
 from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.pretraining import (
     HIDDEN,
@@ -191,12 +191,23 @@ def test_markov_models_know_long_repeats():
 
 def test_words_of_13_bases_are_counted_on_both_strands():
     tokens = np.tile(random_bases(50), 3)
-    counts = kmer_words(tokens, 13, both_strands=True)
+    counts = count_words([tokens], 12, both_strands=True)[12].ravel()
     for strand in (tokens, reverse_complement(tokens)):
         words = words_of(strand, 13)
         assert set(counts[words].tolist()) <= {2, 3}
         assert counts[words[0]] == sum(words == words[0])
     assert counts.size == 4**13
+
+
+def test_words_are_those_of_each_record():
+    """However many there are: none spans two of them."""
+    records = [random_bases(size) for size in (40, 1, 300, 3)]
+    together = count_words(records, 3, both_strands=True)
+    apart = [count_words([tokens], 3, both_strands=True) for tokens in records]
+    for order in range(4):
+        assert np.array_equal(together[order], sum(found[order] for found in apart))
+        words = sum(max(tokens.size - order, 0) for tokens in records)
+        assert together[order].sum() == 2 * words
 
 
 def run(*arguments):
