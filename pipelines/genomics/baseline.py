@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import NUM_BASES, reverse_complement
@@ -170,20 +170,21 @@ def kmer_counts(
         raise ValueError(f"k lies in 1..12; got {k=}")
     counts = np.zeros(NUM_BASES**k, dtype=np.int64)
     for start in range(0, max(tokens.size - k + 1, 0), _STRETCH):
-        words = _words(tokens[start : start + _STRETCH + k - 1], k)
+        words = words_of(tokens[start : start + _STRETCH + k - 1], k)
         counts += np.bincount(words, minlength=counts.size)
     return counts + counts[_opposite_words(k)] if both_strands else counts
 
 
-def _words(tokens: UInt8[ndarray, "T"], k: int) -> Int64[ndarray, "V"]:
-    num_words = tokens.size - k + 1
+def words_of(tokens: UInt8[ndarray, "T"], k: int) -> Int32[ndarray, "V"]:
+    """Number the words of up to 15 bases, but for those with N or another code."""
+    num_words = max(tokens.size - k + 1, 0)
     bases = tokens - np.uint8(1)  # padding wraps to 255: ambiguous too
     ambiguous = bases >= NUM_BASES
     words = np.zeros(num_words, dtype=np.int32)
     for offset in range(k):
         words *= NUM_BASES
         words += bases[offset : offset + num_words]
-    if not ambiguous.any():
+    if not num_words or not ambiguous.any():
         return words
     seen = np.concatenate([[0], np.cumsum(ambiguous)])
     return words[seen[k:] == seen[:-k]]

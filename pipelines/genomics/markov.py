@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64, UInt8
 from numpy import ndarray
 
 from pipelines.genomics.alphabet import NUM_BASES, PADDING, reverse_complement
+from pipelines.genomics.baseline import words_of
 
 MAX_ORDER = 12
 _PSEUDOCOUNT = 0.5
@@ -53,19 +54,6 @@ def count_words(
             for order, table in enumerate(counts):
                 np.add.at(table, words_of(strand, order + 1), 1)
     return [table.reshape(-1, NUM_BASES) for table in counts]
-
-
-def words_of(tokens: UInt8[ndarray, "T"], length: int) -> Int64[ndarray, "V"]:
-    """Number the words of `length` bases, but for those with N or another code."""
-    number = max(tokens.size - length + 1, 0)
-    bases = tokens - np.uint8(1)  # padding wraps to 255: ambiguous too
-    ambiguous = bases >= NUM_BASES
-    words = np.zeros(number, dtype=np.int32 if length < 16 else np.int64)
-    for offset in range(length):
-        words *= NUM_BASES
-        words += bases[offset : offset + number]
-    seen = np.concatenate([[0], np.cumsum(ambiguous)])
-    return words[seen[length:] == seen[:-length]] if number else words
 
 
 def _laid_end_to_end(records: Iterable[UInt8[ndarray, "T"]]) -> Iterator[UInt8[ndarray, "T"]]:

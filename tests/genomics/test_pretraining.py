@@ -9,8 +9,9 @@ import torch
 
 from pipelines.genomics.__main__ import main
 from pipelines.genomics.alphabet import encode, reverse_complement
+from pipelines.genomics.baseline import words_of
 from pipelines.genomics.data import WindowDataset
-from pipelines.genomics.markov import MarkovModel, count_words, words_of
+from pipelines.genomics.markov import MarkovModel, count_words
 from pipelines.genomics.model import DnaClassifier
 from pipelines.genomics.pretraining import (
     HIDDEN,
