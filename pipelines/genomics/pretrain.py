@@ -42,6 +42,8 @@ def pretrain(config: dict[str, Any]) -> int:
     check_network(build)
     if not 0 <= config["markov"] <= MAX_ORDER:
         raise InputError(f"markov is an order, 0 to {MAX_ORDER}; got {config['markov']}")
+    if config["context"] < 1:
+        raise InputError(f"context is a number of bases, 1 or more; got {config['context']}")
     if not 0 < config["val_fraction"] < 1:
         raise InputError(f"val_fraction lies between 0 and 1; got {config['val_fraction']}")
     out = Path(config["out"])
@@ -51,11 +53,17 @@ def pretrain(config: dict[str, Any]) -> int:
     print(store.counts)
     train, val = split_windows(store, config)
     print(f"windows of up to {config['context']:,} bases: {len(train):,} train, {len(val):,} val")
+    hidden = HiddenBases(train, hiding), HiddenBases(val, hiding)
+    for name, bases in zip(("to train on", "to validate by"), hidden, strict=True):
+        if not bases.asks():
+            raise InputError(
+                f"no base of the windows {name} is to be guessed: they hold no A C G T, or so few "
+                "that none is hidden; give more records, or a higher mask_rate"
+            )
     seed_everything(settings.seed)
     guesser, report = fit(
         build(),
-        HiddenBases(train, hiding),
-        HiddenBases(val, hiding),
+        *hidden,
         objective=BitsPerBase(),
         out=out / "models" / "model",
         settings=settings,

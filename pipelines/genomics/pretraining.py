@@ -80,6 +80,10 @@ class HiddenBases(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.windows)
 
+    def asks(self) -> bool:
+        """Whether any base is to be guessed."""
+        return any(bool((self[row].inputs[:, _TARGET] > 0).any()) for row in range(len(self)))
+
     def __getitem__(self, index: int) -> Example:
         window = self.windows[index]
         bases = window.inputs.numpy().astype(np.uint8)

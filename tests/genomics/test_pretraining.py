@@ -292,6 +292,7 @@ def test_what_does_not_fit_a_pretrained_network_is_named(
         (["mask_span=0"], ["1 or more"]),
         (["soft_mask_weight=2"], ["from 0 to 1"]),
         (["markov=13"], ["0 to 12"]),
+        (["context=0"], ["1 or more", "got 0"]),
         (["rc=average"], ["rc=augment or equivariant"]),
         (["val=nowhere"], ["matches no record", "r0"]),
         (["val=r.*"], ["0 windows to train on"]),
@@ -304,6 +305,15 @@ def test_bad_commands_are_named(backbone, tmp_path, capsys, arguments, words):
     error = capsys.readouterr().err
     for word in words:
         assert word in error
+
+
+def test_records_without_a_base_to_guess_are_named(tmp_path, capsys):
+    """Before anything is trained: a score over nothing is none."""
+    (tmp_path / "n.fa").write_text("".join(f">r{n}\n{'N' * 90}\n" for n in range(4)))
+    assert run("pretrain", f"sequences={tmp_path / 'n.fa'}", f"out={tmp_path / 'o'}", *QUICK) == 2
+    error = capsys.readouterr().err
+    assert "windows to train on" in error
+    assert "no A C G T" in error
 
 
 def test_a_network_without_classes_predicts_none(backbone, labelled, tmp_path, capsys):
