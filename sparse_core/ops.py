@@ -517,6 +517,11 @@ def _validate(
         raise ValueError(
             f"block_bias is [B, Hkv, layout.num_biases] = {wanted}; got {tuple(block_bias.shape)}"
         )
+    for name, x in (
+        ("key_bias", key_bias), ("alibi_slopes", alibi_slopes), ("block_bias", block_bias),
+    ):  # fmt: skip
+        if x is not None and x.device != layout.device:
+            raise ValueError(f"{name} is on {x.device}, the layout on {layout.device}")
     if layout.group_of.numel() and tuple(layout.group_of.shape) != (k.shape[0], k.shape[2]):
         raise ValueError(
             f"group_of is [B, Hkv] = {(k.shape[0], k.shape[2])}; got {tuple(layout.group_of.shape)}"

@@ -437,6 +437,7 @@ def test_runs_are_bit_identical(engine: Engine) -> None:
         ({"block_bias": torch.zeros(1, 2, 9)}, "block_bias is"),
         ({"backend": "flash"}, "backend is auto"),
         ({"precision": "bf16"}, "precision is ieee or tf32"),
+        ({"key_bias": torch.zeros(1, 70, device="meta")}, "key_bias is on meta, the layout on cpu"),
     ],
 )
 def test_misuse_is_named(change: dict[str, object], message: str) -> None:
