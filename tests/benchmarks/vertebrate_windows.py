@@ -62,7 +62,9 @@ def _split(pool: Path, labels: Path, out: Path) -> pd.DataFrame:
     if not (out / "splits.tsv").exists():
         columns = ["columns.id=record_id", "columns.label=class", "where.task=Vertebrates"]
         shares = ["by=record", "val_fraction=0.1", "test_fraction=0.2", "seed=0"]
-        _run("split", f"sequences={pool}", f"labels={labels}", *columns, *shares, f"out={out}")
+        given = f"sequences={pool}", f"labels={labels}", f"out={out}"
+        if _run("split", *given, *columns, *shares):
+            raise SystemExit("without a split of the records nothing is trained")
     return pd.read_csv(out / "splits.tsv", sep="\t").set_index("id")
 
 
