@@ -1,10 +1,11 @@
 """The best blocks for each block, without ever holding all scores.
 
 Some queries at a time: keys are put in groups, and the best keys are looked for in the groups with
-the best maxima. That is exact: the K best keys lie in the K best groups, for if a key's group is
-not among them, each of those holds a key that comes before it. Groups where only some keys may be
-chosen are taken by all of their keys; a query has at most EDGES of them, and takes as many more
-groups. So a pass over all scores does no more than write them and find maxima.
+the best maxima, there in the best parts of groups. That is exact: the K best keys lie in the K best
+groups, for if a key's group is not among them, each of those holds a key that comes before it.
+Groups where only some keys may be chosen are taken by all of their keys; a query has at most EDGES
+of them, and takes as many more groups. So a pass over all scores does no more than write them and
+find maxima, and what is sorted after it is short.
 """
 
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from torch import Tensor
 
 CHUNK_NUMBERS = 2**26
 """Scores of pairs of blocks, or channels of chosen ones, held at a time."""
-GROUP = 16
-"""Blocks in a group."""
+GROUP, PART = 32, 8
+"""Blocks in a group, and in a part of one."""
 EDGES = 4
 """Ends of what a query may choose from, before and after the blocks that are near."""
 
@@ -49,9 +50,10 @@ def choose(
         for some, within in rows:
             scores, column = some @ table, number
             if grouped:
-                scores, column = _best_groups(scores, within, num_chosen + EDGES)
-            allowed = _allowed(within, column, column)
-            rank = _rank(scores.masked_fill_(~allowed, -torch.inf), column)
+                scores, column = _best_groups(scores, within, num_chosen)
+            else:
+                scores.masked_fill_(~_allowed(within, number, number), -torch.inf)
+            rank = _rank(scores, column)
             found.append(rank.topk(num_chosen, dim=3).values)
     best = torch.cat(found, 2)
     return torch.where(best >> 32 > _NOTHING, _number(best), num_blocks)
@@ -127,18 +129,35 @@ def _in_groups(keys: Float[Tensor, "B H R D"]) -> Float[Tensor, "B H R+ D"]:
 
 
 def _best_groups(
-    scores: Float[Tensor, "B H r R+"], within: Int[Tensor, "4 r 1"], num_groups: int
+    scores: Float[Tensor, "B H r R+"], within: Int[Tensor, "4 r 1"], num_chosen: int
 ) -> tuple[Float[Tensor, "B H r N"], Int[Tensor, "B H r N"]]:
-    """Give the scores of the best groups' keys, and their numbers."""
+    """Give the scores of keys in the best parts of the best groups, and their numbers."""
     members = scores.unflatten(3, (GROUP, -1))
-    group = torch.arange(members.shape[4], device=scores.device)
-    first = group * GROUP
+    first = torch.arange(members.shape[4], device=scores.device) * GROUP
     some_allowed = _allowed(within, first, first + GROUP - 1)
     best = members.amax(3).masked_fill_(~some_allowed, -torch.inf)
-    chosen = _number(_rank(best, group).topk(num_groups, dim=3, sorted=False).values)[:, :, :, None]
-    inside = torch.arange(GROUP, device=scores.device)[:, None]
-    found = members.gather(4, chosen.expand(-1, -1, -1, GROUP, -1))
-    return found.flatten(3), (chosen * GROUP + inside).flatten(3)
+    members, first = _take(members, first, best, num_chosen + EDGES)
+    members = members.unflatten(3, (-1, PART)).transpose(3, 4).flatten(4)
+    part = torch.arange(GROUP // PART, device=scores.device)[:, None] * PART
+    first = (first[:, :, :, None] + part).flatten(3)
+    inside = torch.arange(PART, device=scores.device)[:, None]
+    number = first[:, :, :, None] + inside
+    allowed = _allowed(within[..., None], number, number)
+    members = members.masked_fill(~allowed, -torch.inf)
+    members, first = _take(members, first, members.amax(3), num_chosen)
+    return members.flatten(3), (first[:, :, :, None] + inside).flatten(3)
+
+
+def _take(
+    members: Float[Tensor, "B H r M G"],
+    first: Int[Tensor, "G"] | Int[Tensor, "B H r G"],
+    best: Float[Tensor, "B H r G"],
+    count: int,
+) -> tuple[Float[Tensor, "B H r M N"], Int[Tensor, "B H r N"]]:
+    """Keep the groups with the best maxima: their members, and their first keys' numbers."""
+    place = _rank(best, first).topk(count, dim=3, sorted=False).indices
+    taken = members.gather(4, place[:, :, :, None].expand(-1, -1, -1, members.shape[3], -1))
+    return taken, first.expand_as(best).gather(3, place)
 
 
 def _allowed(

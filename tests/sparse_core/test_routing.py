@@ -157,8 +157,9 @@ def test_the_highest_scores_are_chosen_and_ties_go_to_the_first(
     assert torch.equal(found, expected)
     assert (found < num_blocks).any()
     monkeypatch.setattr(choosing, "CHUNK_NUMBERS", 1)
-    for group in (2, 3, 16):
+    for group, part in ((2, 1), (3, 3), (4, 2)):
         monkeypatch.setattr(choosing, "GROUP", group)
+        monkeypatch.setattr(choosing, "PART", part)
         assert torch.equal(choose_blocks(*about, routed), expected)
 
 
