@@ -459,7 +459,7 @@ def test_long_range_table_and_ratios(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run_long_range({"GPU": "none"}, tmp_path, CPU, tokens=300, dense_tokens=(150,)) == 0
     held = json.loads((tmp_path / "long_range.json").read_text())
     assert [row["name"] for row in held["rows"]] == [
-        "window", "choosing", "routed", "hierarchical", "routed", "routed, compiled", "dense",
+        "window", "choosing", "routed", "hierarchical", "routed", "routed, as a graph", "dense",
     ]  # fmt: skip
     assert all(row["forward_ms"] > 0 for row in held["rows"])
     assert (tmp_path / "long_range.md").read_text() in capsys.readouterr().out
