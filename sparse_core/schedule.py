@@ -214,7 +214,28 @@ def _families(parts: tuple["Part", ...], side: Side) -> list[Family]:
                 break
         else:
             families.append(part)
+    if len(families) > 2:
+        return _fullest_first(families)
     return sorted(families, key=_reach, reverse=True)
+
+
+def _fullest_first(families: list[Family]) -> list[Family]:
+    """Put families that reach most tokens first, of these the ones with fewest empty lists.
+
+    The first and the last launch touch the state of all tokens, those between them only that of
+    blocks whose lists hold something.
+    """
+    counts = [
+        torch.stack([(lists.ptr[:, 1:] > lists.ptr[:, :-1]).sum() for lists in family.lists]).sum()
+        for family in families
+    ]
+    filled = torch.stack(counts).tolist()  # the host waits
+    order = sorted(
+        range(len(families)),
+        key=lambda n: (families[n].blocks.num_tokens, filled[n], families[n].num_blocks),
+        reverse=True,
+    )
+    return [families[n] for n in order]
 
 
 def _reach(family: Family) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from sparse_core.kernels.tiles import (
     biased,
     distance,
     guarded,
+    is_empty,
     keep_pairs,
     load_coords,
     load_rows,
@@ -29,6 +30,7 @@ from sparse_core.kernels.tiles import (
     own_axes,
     own_tokens,
     part_range,
+    program_place,
     ragged,
     spread_bias,
     store_bias_grad,
@@ -165,7 +167,7 @@ def query_steps(
 @triton.jit(
     do_not_specialize=[
         "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "own_tiles",
-        "num_biases", "shared",
+        "num_biases", "heads_together", "shared",
     ]
 )  # fmt: skip
 def query_kernel(
@@ -207,6 +209,7 @@ def query_kernel(
     num_slots,
     own_tiles,
     num_biases,
+    heads_together,
     shared,
     stride_qb: tl.int64,
     stride_kb: tl.int64,
@@ -238,10 +241,9 @@ def query_kernel(
     """Compute dQ of one tile of queries over one work item, and its share of the biases'."""
     if ALIKE:
         stride_vt = stride_kt
-    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_heads = tl.num_programs(1)
+    number, head, sample, num_programs, num_heads = program_place(heads_together)
     kv_head = head // shared
-    item, tile = tl.program_id(0) // own_tiles, tl.program_id(0) % own_tiles
+    item, tile = number // own_tiles, number % own_tiles
     group = 0
     if group_of is not None:
         group = tl.load(group_of + sample * (num_heads // shared) + kv_head)
@@ -251,6 +253,9 @@ def query_kernel(
     slot = tl.load(items + item * 4 + 3)
     if block < 0:
         return
+    if PRIOR and not FINAL:
+        if (slot == GO_ON) & is_empty(ranges, item, NUM_PARTS):
+            return  # the state stays as it is
     tokens, exists, own_inner = own_tokens(
         own, block, tile, num_queries, OWN_INDEXED, OWN_REGULAR, BLOCK_OWN
     )
@@ -316,7 +321,7 @@ def query_kernel(
             META, s, False, D, D1, D2, P, BLOCK_OTHER, PRECISION,
         )  # fmt: skip
     if slope is not None:
-        tl.store(grad_slopes + line * tl.num_programs(0) + tl.program_id(0), -tl.sum(by_distance))
+        tl.store(grad_slopes + line * num_programs + number, -tl.sum(by_distance))
     dq1, dq2 = dq1 * scale, dq2 * scale
     if slot >= 0:
         partial += (line * num_slots + slot) * (own.size * D)
@@ -469,7 +474,7 @@ def key_steps(
 @triton.jit(
     do_not_specialize=[
         "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "own_tiles",
-        "num_biases", "shared",
+        "num_biases", "heads_together", "shared",
     ]
 )  # fmt: skip
 def key_kernel(
@@ -512,6 +517,7 @@ def key_kernel(
     num_slots,
     own_tiles,
     num_biases,
+    heads_together,
     shared,
     stride_qb: tl.int64,
     stride_kb: tl.int64,
@@ -546,10 +552,9 @@ def key_kernel(
     """
     if ALIKE:
         stride_gt = stride_qt
-    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_heads = tl.num_programs(1)
+    number, head, sample, _num_programs, num_heads = program_place(heads_together)
     kv_head = head // shared
-    item, tile = tl.program_id(0) // own_tiles, tl.program_id(0) % own_tiles
+    item, tile = number // own_tiles, number % own_tiles
     group = 0
     if group_of is not None:
         group = tl.load(group_of + sample * (num_heads // shared) + kv_head)
@@ -558,6 +563,9 @@ def key_kernel(
     slot = tl.load(items + item * 4 + 3)
     if block < 0:
         return
+    if PRIOR and not FINAL:
+        if (slot == GO_ON) & is_empty(ranges, item, NUM_PARTS):
+            return  # the state stays as it is
     tokens, exists, own_inner = own_tokens(
         own, block, tile, num_keys, OWN_INDEXED, OWN_REGULAR, BLOCK_OWN
     )

@@ -18,6 +18,7 @@ from sparse_core.kernels.tiles import (
     any_takes_no_key_bias,
     biased,
     distance,
+    is_empty,
     keep_pairs,
     load_coords,
     load_rows,
@@ -31,6 +32,7 @@ from sparse_core.kernels.tiles import (
     own_axes,
     own_tokens,
     part_range,
+    program_place,
     ragged,
     spread_bias,
     store_rows,
@@ -197,7 +199,7 @@ ENDLESS = tl.constexpr(float("inf"))
 @triton.jit(
     do_not_specialize=[
         "numbers", "num_queries", "num_keys", "num_items", "num_states", "num_slots", "own_tiles",
-        "num_biases", "shared",
+        "num_biases", "heads_together", "shared",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -234,6 +236,7 @@ def forward_kernel(
     num_slots,
     own_tiles,
     num_biases,
+    heads_together,
     shared,
     stride_qb: tl.int64,
     stride_kb: tl.int64,
@@ -266,10 +269,9 @@ def forward_kernel(
     """
     if ALIKE:
         stride_vt = stride_kt
-    head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_heads = tl.num_programs(1)
+    number, head, sample, _num_programs, num_heads = program_place(heads_together)
     kv_head = head // shared
-    item, tile = tl.program_id(0) // own_tiles, tl.program_id(0) % own_tiles
+    item, tile = number // own_tiles, number % own_tiles
     group = 0
     if group_of is not None:
         group = tl.load(group_of + sample * (num_heads // shared) + kv_head)
@@ -278,6 +280,9 @@ def forward_kernel(
     slot = tl.load(items + item * 4 + 3)
     if block < 0:
         return
+    if PRIOR and not FINAL:
+        if (slot == GO_ON) & is_empty(ranges, item, NUM_PARTS):
+            return  # the state stays as it is
     tokens, exists, own_inner = own_tokens(
         own, block, tile, num_queries, OWN_INDEXED, OWN_REGULAR, BLOCK_OWN
     )

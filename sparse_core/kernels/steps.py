@@ -26,6 +26,9 @@ from sparse_core.kernels.arguments import (
 from sparse_core.layout import BlockLayout
 from sparse_core.schedule import Agenda, Launch, Side
 
+MAX_PROGRAMS = 2**16 - 1
+"""CUDA's limit to a grid's second number."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -33,8 +36,9 @@ class Step:
 
     `final` says that it writes results, `prior` that it goes on from a state. `numbers` are those
     of each part's masks, `tokens` coordinates and flags, `sizes` numbers of the layout, `constants`
-    what is compiled. `box` are the rows of the other side's tiles if some of them are boxes in
-    memory, else 0. `biased` says that entries of some part take numbers of `block_bias`.
+    what is compiled. With `heads_together` all heads of a tile start together, since what they read
+    lies side by side in memory. `box` are the rows of the other side's tiles if some of them are
+    boxes in memory, else 0. `biased` says that entries of some part take numbers of `block_bias`.
     """
 
     number: int
@@ -42,6 +46,7 @@ class Step:
     final: bool
     prior: bool
     num_programs: int
+    heads_together: bool
     own_tiles: int
     num_slots: int
     num_states: int
@@ -90,7 +95,9 @@ class Step:
         return tuple(described)
 
     def grid(self, q: Tensor) -> tuple[int, int, int]:
-        """Programs by items and tiles, heads, samples."""
+        """Programs by items' tiles, heads, samples; those of the first number start together."""
+        if self.heads_together:
+            return q.shape[2], self.num_programs, q.shape[0]
         return self.num_programs, q.shape[2], q.shape[0]
 
 
@@ -161,7 +168,8 @@ def _make(
             continue
         final = agenda.complete and number == last
         prior = agenda.num_states > 0 and not (number == 0 and agenda.fresh)
-        config = tuning.choose(kernel, q, launch, layout, precision)
+        key = tuning.key_of(kernel, q, launch, layout, precision)
+        config = tuning.choose(key, q.device)
         blocks = own_blocks(layout, launch, side)
         own = own_side(blocks)
         parts, numbers, meta = other_side(
@@ -169,6 +177,7 @@ def _make(
         )
         tile = tile_of(own.size, config.block_own)
         own_tiles = -(-own.size // tile)
+        num_programs = launch.items.shape[1] * own_tiles
         constants = _constants(blocks, q, config, tile) | {
             "META": meta,
             "ALIKE": alike,
@@ -178,6 +187,12 @@ def _make(
             "PRIOR": prior,
             "PRECISION": precision,
         }
+        heads_together = (
+            launch.items.shape[0] == 1
+            and key.length == "short"
+            and all(part.affine for part in meta)
+            and num_programs <= MAX_PROGRAMS
+        )
         group_of = layout.group_of if launch.items.shape[0] > 1 else None
         found.append(
             Step(
@@ -185,7 +200,8 @@ def _make(
                 own=own,
                 final=final,
                 prior=prior,
-                num_programs=launch.items.shape[1] * own_tiles,
+                num_programs=num_programs,
+                heads_together=heads_together,
                 own_tiles=own_tiles,
                 num_slots=launch.num_slots,
                 num_states=agenda.num_states,
@@ -210,6 +226,7 @@ def _make(
                     launch.num_slots,
                     own_tiles,
                     layout.num_biases,
+                    int(heads_together),
                     q.shape[2] // k.shape[2],
                 ),
                 constants=constants,

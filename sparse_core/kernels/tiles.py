@@ -803,6 +803,28 @@ def keep_pairs(
 
 
 @triton.jit
+def program_place(heads_together):
+    """Number of the item's tile, head and sample of this program; how many of the first two."""
+    swapped = heads_together != 0
+    first, second = tl.program_id(0), tl.program_id(1)
+    num_first, num_second = tl.num_programs(0), tl.num_programs(1)
+    number, head = tl.where(swapped, second, first), tl.where(swapped, first, second)
+    numbers = tl.where(swapped, num_second, num_first)
+    heads = tl.where(swapped, num_first, num_second)
+    return number, head, tl.program_id(2).to(tl.int64), numbers, heads
+
+
+@triton.jit
+def is_empty(ranges, row, NUM_PARTS: tl.constexpr):
+    """Whether an item takes nothing of any part's list."""
+    count = 0
+    for s in tl.static_range(NUM_PARTS):
+        at = ranges + (row.to(tl.int64) * NUM_PARTS + s) * 5
+        count += tl.load(at + 2) - tl.load(at)
+    return count == 0
+
+
+@triton.jit
 def part_range(ranges, row, S: tl.constexpr, NUM_PARTS: tl.constexpr):
     """What an item takes of a part's list: begin, middle, end, and the blocks at begin and middle.
 

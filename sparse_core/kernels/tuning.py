@@ -88,15 +88,12 @@ def key_of(kernel: Kernel, q: Tensor, launch: Launch, layout: BlockLayout, preci
     return Key(kernel, dtype, head_dim, kind, length)
 
 
-def choose(
-    kernel: Kernel, q: Tensor, launch: Launch, layout: BlockLayout, precision: str
-) -> Config:
+def choose(key: Key, device: torch.device) -> Config:
     """Choose the configuration of a launch."""
-    if kernel in _FORCED:
-        return _FORCED[kernel]
-    key = key_of(kernel, q, launch, layout, precision)
-    if q.device.type == "cuda":
-        found = load(cache_path(q.device)).get(str(key))
+    if key.kernel in _FORCED:
+        return _FORCED[key.kernel]
+    if device.type == "cuda":
+        found = load(cache_path(device)).get(str(key))
         if found is not None:
             return found
     return default(key)
@@ -185,11 +182,12 @@ def _any(*values: int) -> dict[str, Config]:
 
 
 _SMALL = Config(64, 32, 4, 3, 128)
+_SMALL_128 = Config(64, 32, 4, 3)
 
 DEFAULTS: Table = {
     ("forward", "half", 32): _any(64, 64, 4, 2, 128),
     ("forward", "half", 64): {"small": _SMALL, "any": Config(64, 64, 4, 2, 128)},
-    ("forward", "half", 128): _any(64, 64, 4, 3),
+    ("forward", "half", 128): {"small": Config(64, 64, 4, 2), "any": Config(64, 64, 4, 3)},
     ("forward", "half", 256): _any(64, 32, 4, 2),
     ("query", "half", 32): _any(64, 32, 4, 3, 128),
     ("query", "half", 64): {
@@ -197,7 +195,7 @@ DEFAULTS: Table = {
         "small": _SMALL,
         "any": Config(64, 64, 4, 2, 168),
     },
-    ("query", "half", 128): _any(64, 64, 4, 2),
+    ("query", "half", 128): {"small": _SMALL_128, "any": Config(64, 64, 4, 2)},
     ("query", "half", 256): _any(64, 32, 4, 1),
     ("key", "half", 32): _any(64, 32, 4, 3, 128),
     ("key", "half", 64): {
@@ -205,7 +203,7 @@ DEFAULTS: Table = {
         "small": _SMALL,
         "any": Config(64, 64, 4, 3, 168),
     },
-    ("key", "half", 128): _any(64, 64, 4, 2),
+    ("key", "half", 128): {"small": _SMALL_128, "any": Config(64, 64, 4, 2)},
     ("key", "half", 256): _any(64, 32, 8, 1),
     ("forward", "ieee", 32): _any(32, 32, 4, 2),
     ("forward", "ieee", 64): _any(32, 32, 4, 2),
@@ -241,8 +239,8 @@ _HALF: dict[Kernel, tuple[Config, ...]] = {
 }
 _HALF_128: dict[Kernel, tuple[Config, ...]] = {
     "forward": (Config(64, 64, 4, 2), Config(64, 64, 4, 3)),
-    "query": (Config(64, 64, 4, 2), Config(64, 32, 4, 3)),
-    "key": (Config(64, 64, 4, 2), Config(64, 32, 4, 3)),
+    "query": (Config(64, 64, 4, 2),),
+    "key": (Config(64, 64, 4, 2),),
 }
 _HALF_256: dict[Kernel, tuple[Config, ...]] = {
     "forward": (Config(64, 32, 4, 2), Config(64, 64, 8, 2)),
@@ -263,7 +261,10 @@ def candidates(
     shipped = DEFAULTS[kernel, dtype, head_dim]
     if kind is not None:
         shipped = {name: c for name, c in shipped.items() if name.split("/")[0] in (kind, "any")}
-    if dtype == "half":
+    more: tuple[Config, ...]
+    if kind == "small" and kind in shipped:
+        more = ()
+    elif dtype == "half":
         more = {128: _HALF_128, 256: _HALF_256}.get(head_dim, _HALF)[kernel]
     else:
         more = _SINGLE if head_dim < 256 else _SINGLE_256
