@@ -127,9 +127,10 @@ class DnaClassifier(SequenceClassifier):
         tokens = self._tokens(batch)
         lengths = tokens.lengths.to(x.device)
         encoded, segment, place = self._encode(x, tokens, lengths)
-        pooled, attention = self.pool(encoded[place], segment, lengths.numel())
+        found = encoded.index_select(0, place)
+        pooled, attention = self.pool(found, segment, lengths.numel())
         owner, _ = token_of_input(batch.lengths, self.stem_stride)
-        logits = self.head(encoded[place])[owner.to(x.device)]
+        logits = self.head(found)[owner.to(x.device)]
         return NetworkOutput(logits, self._by_input(attention, batch), pooled)
 
 

@@ -135,7 +135,7 @@ class SequenceClassifier(nn.Module):
         tokens = self._tokens(batch)
         lengths = tokens.lengths.to(x.device)
         encoded, segment, place = self._encode(x, tokens, lengths)
-        pooled, attention = self.pool(encoded[place], segment, lengths.numel())
+        pooled, attention = self.pool(encoded.index_select(0, place), segment, lengths.numel())
         if self.num_registers:
             registers = encoded[self._register_places(lengths)].mean(1)
             pooled = torch.cat([pooled, registers], 1) if self.apart else pooled + registers
@@ -146,7 +146,7 @@ class SequenceClassifier(nn.Module):
         tokens = self._tokens(batch)
         x = self.stem(batch.inputs, batch.lengths)
         encoded, _, place = self._encode(x, tokens, tokens.lengths.to(x.device))
-        return encoded[place]
+        return encoded.index_select(0, place)
 
     def _encode(
         self, x: Float[Tensor, "N E"], tokens: PackedBatch, lengths: Int64[Tensor, " S"]
@@ -474,7 +474,7 @@ class ConvolutionStem(nn.Module):
         dtype = self.convolution.weight.dtype
         spread = torch.zeros(self.num_symbols, total, dtype=dtype, device=inputs.device)
         spread[inputs.long(), place] = 1
-        seen = self.convolution(spread[None])[0, :, place].T
+        seen = self.convolution(spread[None])[0].T.index_select(0, place)
         if self.stride == 1:
             return self.project(seen)
         activation, linear = self.project
