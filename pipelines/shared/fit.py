@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Never, TypeVar, cast, get_args
@@ -42,6 +42,7 @@ from pipelines.shared.objective import Objective
 from pipelines.shared.optim import OptimSettings
 from pipelines.shared.preemption import Preempted, Preemption
 from pipelines.shared.task import SequenceTask
+from sparse_core.nn import compiled_layers
 from sparse_core.ops import engines_used
 
 _SAVE_SHARE = 0.05  # of the time at most goes into saving within epochs
@@ -65,7 +66,8 @@ class FitSettings:
     `patience` stops after so many epochs without a better
     one. `save_last` keeps the state in `last.ckpt`, from which the same run goes on;
     `save_seconds` lie between two such states at least, and as long as keeps the time that goes
-    into them within epochs below a twentieth.
+    into them within epochs below a twentieth. `compiled` trains what surrounds attention through
+    torch.compile.
     """
 
     epochs: int
@@ -87,6 +89,7 @@ class FitSettings:
     precision: str = "32-true"
     accumulate: int = 1
     gradient_clip: float | None = 1.0
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         for key in ("epochs", "max_tokens", "batch_size", "steps", "patience", "accumulate"):
@@ -202,7 +205,8 @@ def fit(
             use_distributed_sampler=False,
             reload_dataloaders_every_n_epochs=1,
         )
-        with preemption.listening():
+        around = compiled_layers(network) if settings.compiled else nullcontext()
+        with preemption.listening(), around:
             _run(trainer, task, data, selection.path)
         _close_logger(settings.logger)
     network.load_state_dict(selection.weights)

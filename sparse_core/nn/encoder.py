@@ -1,6 +1,7 @@
 """A transformer encoder whose layers attend over layouts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -165,6 +166,19 @@ class EncoderLayer(nn.Module):
             x = x + self.dropout(self.attention.join(mixed))
         fed: Tensor = x + self.dropout(self.mlp(self.norm_mlp(x)))
         return fed
+
+
+@contextmanager
+def compiled_layers(network: nn.Module) -> Iterator[None]:
+    """Run what surrounds attention in all layers of a network through torch.compile meanwhile."""
+    before = [(x, x.compiled) for x in network.modules() if isinstance(x, EncoderLayer)]
+    try:
+        for layer, _ in before:
+            layer.compiled = True
+        yield
+    finally:
+        for layer, compiled in before:
+            layer.compiled = compiled
 
 
 @cache

@@ -17,9 +17,12 @@ from pipelines.shared import fit as fit_module
 from pipelines.shared.batch import ExampleList, PackedBatch
 from pipelines.shared.errors import InputError
 from pipelines.shared.fit import FitReport, FitSettings, build_logger, fit
+from pipelines.shared.network import FeatureStem, SequenceClassifier
 from pipelines.shared.objective import Classification, balanced_weights
 from pipelines.shared.optim import OptimSettings
 from pipelines.shared.preemption import EXIT_CODE
+from sparse_core.nn import encoder
+from sparse_core.nn.encoder import EncoderLayer
 
 MakeNetwork = Callable[..., nn.Module]
 MakeExamples = Callable[..., ExampleList]
@@ -64,6 +67,34 @@ def test_training_learns_and_reports(
     assert report.epochs == 12
     assert report.seconds > 0
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_compiled_layers_train_the_same_and_are_plain_afterwards(
+    tmp_path: Path, make_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, val, weights = make_examples(20), make_examples(10, seed=1), []
+    calls = 0
+
+    def counted(layer: EncoderLayer, *given: Tensor) -> object:
+        nonlocal calls
+        calls += 1
+        return EncoderLayer.before(layer, *given)
+
+    monkeypatch.setattr(encoder, "_compiled", lambda: (counted, EncoderLayer.after))
+    for compiled in (False, True):
+        assert not calls
+        torch.manual_seed(0)
+        network: nn.Module = SequenceClassifier(
+            FeatureStem(3, 16), dim=16, depth=1, num_heads=1, pattern="SlidingWindow(radius=2)",
+            coord_dims=1, num_classes=2,
+        )  # fmt: skip
+        settings = replace(SETTINGS, epochs=2, compiled=compiled)
+        out = tmp_path / str(compiled)
+        fit(network, train, val, objective=CLASSES, out=out, settings=settings)
+        weights.append(_weights(network))
+    assert calls
+    assert not any(layer.compiled for layer in network.modules() if isinstance(layer, EncoderLayer))
+    _assert_equal(*weights)
 
 
 def test_a_seed_repeats_the_weights(
