@@ -25,7 +25,7 @@ from sparse_core.recall.training import Result, Settings, describe, train
 
 LARGE = Settings(
     Task(131_072, tuple(256 * 2**i for i in range(9)), per_distance=10, num_values=16),
-    dim=256, heads=4, batch=2, steps=400, lr=2e-3, seeds=3,
+    dim=256, heads=2, batch=1, steps=400, lr=2e-3, seeds=3,
 )  # fmt: skip
 SMALL = Settings(
     Task(512, tuple(8 * 2**i for i in range(6)), per_distance=3, num_values=8),

@@ -41,8 +41,9 @@ class Recaller(nn.Module):
     To learn in few steps, all patterns get the same start: channels are parted into what a token
     holds, what it asks for, and the rest (values, blanks); keys are orthogonal; and the first
     queries turn what is asked for as the first keys turn what is held, so sharply that a match
-    counts about as much as the square root of all blanks. Global tokens start as pairs and
-    questions of one key each. All of it is trained, and how values travel is learned from nothing.
+    counts about as much as the square root of all blanks. In pools, tokens that hold or ask for a
+    key count more than blanks from the start. Global tokens start as pairs and questions of one key
+    each. All of it is trained, and how values travel is learned from nothing.
     """
 
     def __init__(self, settings: Settings, pattern: Pattern) -> None:
@@ -80,6 +81,19 @@ class Recaller(nn.Module):
             weight = layer.attention.qkv.weight
             weight[:dim, part : 2 * part] = turn
             weight[dim : 2 * dim, :part] = turn
+            self._start_pooling(layer, log(self.task.length) / 4)
+
+    def _start_pooling(self, layer: EncoderLayer, scale: float) -> None:
+        """Let keys count `scale` in pools, and blanks nothing: in those of keys, and of queries."""
+        attention = layer.attention
+        assert attention is not None
+        assert attention.pool_by is not None
+        assert layer.norm_attention is not None
+        tokens = layer.norm_attention(torch.cat([self.key, self.blank[None]]))
+        _, seen, _ = attention.project(tokens[None])
+        counts = torch.full((len(tokens), 1), scale)
+        counts[-1] = 0
+        attention.pool_by.copy_((torch.linalg.pinv(seen[0].transpose(0, 1)) @ counts)[..., 0])
 
     def layouts(self, size: int) -> tuple[AnyLayout, ...]:
         """Lay out a batch: its sequences are packed."""
