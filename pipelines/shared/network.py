@@ -40,6 +40,28 @@ class NetworkOutput:
     auxiliary: Float[Tensor, ""] | None = None
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Layouts of tokens that stand at these places; made in inference mode they serve no other."""
+
+    lengths: Int64[Tensor, " S"]
+    coords: Int64[Tensor, "T P"]
+    inference: bool
+    layouts: tuple[AnyLayout, ...]
+
+    @classmethod
+    def of(cls, tokens: PackedBatch, layouts: tuple[AnyLayout, ...]) -> "_Known":
+        return cls(tokens.lengths, tokens.coords, torch.is_inference_mode_enabled(), layouts)
+
+    def serves(self, tokens: PackedBatch) -> bool:
+        return (
+            self.inference == torch.is_inference_mode_enabled()
+            and self.coords.device == tokens.coords.device
+            and torch.equal(self.lengths, tokens.lengths)
+            and torch.equal(self.coords, tokens.coords)
+        )
+
+
 class SequenceClassifier(nn.Module):
     """Give numbers to packed sequences: a class each, or whatever an objective asks for.
 
@@ -95,6 +117,7 @@ class SequenceClassifier(nn.Module):
             checkpointing=checkpointing,
             backend=backend,
         )
+        self._last: _Known | None = None
         self.num_registers = max((leading_globals(p) for p in patterns if p), default=0)
         self.registers = nn.Parameter(torch.randn(self.num_registers, dim) * 0.02)
         self.pool = build_pooling(dim, pooling)
@@ -161,8 +184,14 @@ class SequenceClassifier(nn.Module):
         return self._layouts(self._tokens(batch))
 
     def _layouts(self, tokens: PackedBatch) -> tuple[AnyLayout, ...]:
+        """Build layouts, or take those of the batch before: full windows come again and again."""
         if not self.encoder.patterns:
             return ()
+        if self._last is None or not self._last.serves(tokens):
+            self._last = _Known.of(tokens, self._new_layouts(tokens))
+        return self._last.layouts
+
+    def _new_layouts(self, tokens: PackedBatch) -> tuple[AnyLayout, ...]:
         lengths = tokens.lengths.to(tokens.coords.device)
         _, place = self._places(tokens.coords, lengths)
         total = tokens.coords.shape[0] + lengths.numel() * self.num_registers

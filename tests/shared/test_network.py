@@ -1,5 +1,6 @@
 """The parts of the network, and that a sequence's result does not depend on its batch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,24 @@ def test_tokens_keep_the_coordinates_of_inputs() -> None:
     registers = [0, 0]
     assert layout.query_coords[:, 0].tolist() == [*registers, 0, 4, 8, *registers, 0]
     assert layout.lengths.tolist() == [5, 3]
+
+
+def test_layouts_serve_again_where_tokens_stand_as_before() -> None:
+    network = build()
+    first, again = (pack(draw([10, 4], seed)) for seed in (0, 1))
+    layouts = network.build_layouts(first)
+    assert network.build_layouts(again) is layouts
+    shifted = replace(again, coords=again.coords + (again.coords > 3))
+    for other in (pack(draw([4, 10])), shifted, first):
+        found = network.build_layouts(other)
+        assert found is not layouts
+        assert (
+            found[0].query_coords.tolist() == build().build_layouts(other)[0].query_coords.tolist()
+        )
+        layouts = found
+    with torch.inference_mode():
+        assert network.build_layouts(first) is not layouts
+    network(first).logits.sum().backward()
 
 
 def test_inputs_know_their_tokens() -> None:
