@@ -30,6 +30,9 @@ _BODY = ("stem.", "encoder.", "registers")
 
 _SIZES = ("dim", "depth", "num_heads", "mlp_ratio", "stem", "kernel", "stem_stride", "num_tokens")
 
+ROTARY_BASE = 10_000.0
+"""That of networks which were written before it could be chosen."""
+
 
 def pretrain(config: dict[str, Any]) -> int:
     """Train a network to guess bases, and write it and what it reached; 0."""
@@ -155,7 +158,8 @@ def pretrained_sizes(model: LoadedModel, rc: str) -> dict[str, object]:
             f"rc={rc}, but the pretrained network has rc={model.config['rc']}: weights that are "
             "tied between strands and weights that are not do not fit; give both the same"
         )
-    return {name: model.config[name] for name in (*_SIZES, "pattern")}
+    sizes = {name: model.config[name] for name in (*_SIZES, "pattern")}
+    return sizes | {"rotary_base": model.config.get("rotary_base", ROTARY_BASE)}
 
 
 def _build(config: Mapping[str, Any]) -> BaseGuesser:

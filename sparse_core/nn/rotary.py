@@ -23,6 +23,8 @@ class RotaryEmbedding(nn.Module):
                 f"head_dim must be even and hold a pair of channels for each axis; "
                 f"got {head_dim=}, {coord_dims=}"
             )
+        if not base > 1:
+            raise ValueError(f"the base of rotary positions must exceed 1; got {base}")
         self.head_dim, self.coord_dims, self.base = head_dim, coord_dims, base
 
     def forward(self, coords: Int[Tensor, "T P"]) -> Rotation:

@@ -42,6 +42,14 @@ def test_rotary_leaves_spare_channels_alone() -> None:
     assert (sin[:, 6:] == 0).all()
     with pytest.raises(ValueError, match="head_dim"):
         RotaryEmbedding(4, coord_dims=3)
+    with pytest.raises(ValueError, match="exceed 1"):
+        RotaryEmbedding(16, base=1.0)
+
+
+def test_a_larger_base_tells_far_positions_apart() -> None:
+    coords = torch.tensor([[47_117]])  # once round for the slowest of 32 pairs
+    found = [RotaryEmbedding(64, base=base)(coords)[1][0, -1].item() for base in (1e4, 1e6)]
+    assert found == pytest.approx([0, 0.0725], abs=1e-3)
 
 
 def test_encoder_mixes_only_what_the_pattern_lets() -> None:
