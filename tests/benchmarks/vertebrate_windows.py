@@ -49,6 +49,8 @@ def main() -> int:
     parser.add_argument("--bases", type=float, default=150e6)
     parser.add_argument("--jobs", type=int, default=1)
     given, overrides = parser.parse_known_args()
+    if given.jobs < 1:
+        parser.error(f"--jobs is 1 or more; got {given.jobs}")
     split = _split(given.pool, given.labels, given.out / "split")
     folders = {length: given.out / str(length or "whole") for length in given.lengths}
     for length, folder in folders.items():
