@@ -120,7 +120,7 @@ def measure_markov(
 
 
 def load_body(network: DnaClassifier, model: LoadedModel, *, freeze: bool) -> str:
-    """Give a network the stem, registers and encoder of a pretrained one; say what was taken.
+    """Give a network the stem, registers and encoder of another; say what was taken.
 
     With `freeze` these learn no more. The sizes must be those of `pretrained_sizes`.
     """
@@ -136,11 +136,12 @@ def load_body(network: DnaClassifier, model: LoadedModel, *, freeze: bool) -> st
 
 
 def read_pretrained(path: Path) -> LoadedModel:
-    """Read a file that `pretrain` wrote; raises InputError for another."""
+    """Read a network that `pretrain` or `train` wrote; raises InputError for one of words."""
     model = load_model(path, task=TASK)
     refuse_other_version(model, path)
-    if "guess" not in model.metadata:
-        raise InputError(f"{path} was trained on a task; pretrained= takes what pretrain wrote")
+    kind = model.metadata["tokenizer"]["kind"]
+    if kind != "base":
+        raise InputError(f"{path} reads {kind} tokens; pretrained= takes networks that read bases")
     return model
 
 

@@ -264,6 +264,31 @@ def test_training_goes_on_from_a_pretrained_network(backbone, labelled, tmp_path
     assert all(same.values()) if freeze else not any(same.values())
 
 
+def test_training_goes_on_from_a_trained_network(labelled, tmp_path):
+    given = [f"sequences={labelled}", "baselines=[]", "epochs=1", *QUICK]
+    assert run("train", *given, f"out={tmp_path / 'a'}", "stem_stride=2") == 0
+    trained = f"pretrained={tmp_path / 'a' / 'model.ckpt'}"
+    assert run("train", *given, f"out={tmp_path / 'b'}", trained, "freeze=true", "seed=1") == 0
+    first, second = (torch.load(tmp_path / name / "model.ckpt", weights_only=True) for name in "ab")
+    assert second["config"]["stem_stride"] == 2
+    same = {
+        name: torch.equal(weight, first["state_dict"][name])
+        for name, weight in second["state_dict"].items()
+    }
+    assert all(same[n] for n in same if n.startswith(("stem.", "encoder.", "registers")))
+    assert not all(same[n] for n in same if n.startswith("head."))
+
+
+def test_a_network_of_words_is_no_pretrained_one(labelled, tmp_path, capsys):
+    given = [f"sequences={labelled}", "baselines=[]", "epochs=1", *QUICK]
+    assert run("train", *given, f"out={tmp_path / 'a'}", "tokenizer=kmer") == 0
+    path = tmp_path / "a" / "model.ckpt"
+    assert run("train", *given, f"out={tmp_path / 'b'}", f"pretrained={path}") == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert "reads kmer tokens" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
