@@ -1,4 +1,4 @@
-"""Run a command and say what it and its children took: seconds, CPU seconds, peak memory of each.
+"""Run commands: verbs of genomics, or one that is watched.
 
 For Linux: peaks are `VmHWM` of /proc, looked at twenty times a second.
 """
@@ -26,6 +26,15 @@ class Usage:
     cpu_seconds: float
     peaks: list[float]
     output: str
+
+
+def run_verb(*arguments: str) -> int:
+    """Run a verb of genomics; what it prints is shown where it fails."""
+    command = [sys.executable, "-m", "pipelines.genomics", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        print(run.stdout[-2000:] + run.stderr[-2000:], file=sys.stderr)
+    return run.returncode
 
 
 def run_watched(command: Sequence[str], *, threads: int = 1) -> Usage:

@@ -18,8 +18,6 @@ import gzip
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +27,7 @@ import pandas as pd
 
 from pipelines.genomics.alphabet import decode
 from pipelines.genomics.genome import read_records
+from tests.benchmarks.processes import run_verb
 
 LENGTHS = (512, 1_024, 2_048, 4_096, 8_192, 0)
 LONGEST = 32_768
@@ -77,7 +76,7 @@ def _split(pool: Path, labels: Path, out: Path) -> pd.DataFrame:
         columns = ["columns.id=record_id", "columns.label=class", "where.task=Vertebrates"]
         shares = ["by=record", "val_fraction=0.1", "test_fraction=0.2", "seed=0"]
         given = f"sequences={pool}", f"labels={labels}", f"out={out}"
-        if _run("split", *given, *columns, *shares):
+        if run_verb("split", *given, *columns, *shares):
             raise SystemExit("without a split of the records nothing is trained")
     return pd.read_csv(out / "splits.tsv", sep="\t").set_index("id")
 
@@ -92,7 +91,7 @@ def _cut(pool: Path, split: pd.DataFrame, length: int, windows: int, folder: Pat
             known = split.loc[record]
             rows.append((name, "Vertebrates", known["label"], known["split"], record, len(text)))
             file.write(f">{name}\n{text}\n")
-    if _run("ingest", f"sequences={folder / 'windows.fa.gz'}", f"store={folder / 'store'}"):
+    if run_verb("ingest", f"sequences={folder / 'windows.fa.gz'}", f"store={folder / 'store'}"):
         raise SystemExit("without a store of the windows nothing is trained")
     table = pd.DataFrame(rows, columns=COLUMNS)
     table.to_csv(folder / "windows.tsv", sep="\t", index=False)
@@ -127,19 +126,10 @@ def _train(folder: Path, length: int, seed: int, bases: float, overrides: list[s
             f"batch_size={max(FEWEST, TOKENS // context)}", f"epochs={epochs}",
             f"seed={seed}", f"out={out}",
         ]  # fmt: skip
-        if _run("train", *settings, *overrides):
+        if run_verb("train", *settings, *overrides):
             return None
     scores: dict = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["scores"]
     return scores
-
-
-def _run(*arguments: str) -> int:
-    """Run a verb; what it prints is shown where it fails."""
-    command = [sys.executable, "-m", "pipelines.genomics", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        print(run.stdout[-2000:] + run.stderr[-2000:], file=sys.stderr)
-    return run.returncode
 
 
 def _line(length: int, found: list[dict]) -> str:
