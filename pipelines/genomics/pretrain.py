@@ -28,6 +28,8 @@ from pipelines.shared.tables import align
 _BODY = ("stem.", "encoder.", "registers")
 """What a pretrained network hands on: all but pooling and head."""
 
+_POOLED_BY = ("pooling", "head_norm", "per")
+
 _SIZES = ("dim", "depth", "num_heads", "mlp_ratio", "stem", "kernel", "stem_stride", "num_tokens")
 
 ROTARY_BASE = 10_000.0
@@ -119,20 +121,35 @@ def measure_markov(
     return found
 
 
-def load_body(network: DnaClassifier, model: LoadedModel, *, freeze: bool) -> str:
+def load_body(
+    network: DnaClassifier, model: LoadedModel, task: Mapping[str, object], *, freeze: bool
+) -> str:
     """Give a network the stem, registers and encoder of another; say what was taken.
 
-    With `freeze` these learn no more. The sizes must be those of `pretrained_sizes`.
+    Pooling and head too, where the other was trained for the same `task` (an objective's `plain`)
+    and pools alike. With `freeze` stem, registers and encoder learn no more. The sizes must be
+    those of `pretrained_sizes`.
     """
-    body = {name: w for name, w in model.state_dict.items() if name.startswith(_BODY)}
-    missing, unexpected = network.load_state_dict(body, strict=False)
+    alike = all(network.config.get(key) == model.config.get(key) for key in _POOLED_BY)
+    same = alike and _means(model.metadata.get("task")) == _means(task)
+    wanted = (*_BODY, "pool.", "head.") if same else _BODY
+    taken = {name: w for name, w in model.state_dict.items() if name.startswith(wanted)}
+    missing, unexpected = network.load_state_dict(taken, strict=False)
     assert not unexpected, "sizes are those of the file"
-    own = sorted({name.split(".")[0] for name in missing})
     if freeze:
         for name, weight in network.named_parameters():
             weight.requires_grad_(not name.startswith(_BODY))
+    own = ", ".join(sorted({name.split(".")[0] for name in missing})) or "nothing"
     said = "frozen" if freeze else "to be tuned"
-    return f"{len(body)} arrays taken ({said}); new: {', '.join(own)}"
+    return f"{len(taken)} arrays taken ({said}); new: {own}"
+
+
+def _means(task: object) -> object:
+    """What a network's numbers say: a task without what is chosen afterwards, or weighs it."""
+    if not isinstance(task, dict):
+        return None
+    other = ("threshold", "thresholds", "class_weights")
+    return {key: value for key, value in task.items() if key not in other}
 
 
 def read_pretrained(path: Path) -> LoadedModel:

@@ -172,7 +172,12 @@ class Study:
         network = DnaClassifier(**{**self.architecture, **changed})
         if name == MODEL and self.config["pretrained"]:
             path = Path(self.config["pretrained"])
-            said = load_body(network, read_pretrained(path), freeze=self.config["freeze"])
+            said = load_body(
+                network,
+                read_pretrained(path),
+                self.objective.plain(),
+                freeze=self.config["freeze"],
+            )
             print(f"note: sizes, pattern and weights of {path}: {said}")
         return network
 
